@@ -1,0 +1,76 @@
+"""Runs a linear-attention recurrence over a ragged batch: rows in decode by one step, the others chunk by chunk.
+
+A kind gives its mathematics for one request: `step` for one token and `chunk` for up to C tokens. Reading and writing
+slots, snapshots, and which token belongs to whom are the same for every kind and live here. Requests never mix: the
+result of a row depends on its own tokens and state alone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernels_pallas.op import (
+    Chunks,
+    RaggedBatch,
+    decode_tokens,
+    prefill_chunks,
+    put,
+    read_states,
+    store_states,
+    take,
+)
+
+CHUNK = 64  # tokens; snapshots of a state are taken at multiples of it
+
+Step = Callable[[Array, Any], tuple[Array, Array]]  # state, one token -> output, state
+Chunk = Callable[[Array, Any], tuple[Array, Array]]  # state, C tokens (zeros past the end) -> outputs, state
+
+
+def recur(
+    tokens: Any, step: Step, chunk: Chunk, pool: Float[Array, "L N *s"], layer: int, batch: RaggedBatch
+) -> tuple[Float[Array, "T ..."], Float[Array, "L N *s"]]:
+    """Run a recurrence over all rows of the batch.
+
+    Args:
+      tokens: a tree of arrays `[T, ...]`, what the recurrence consumes. A token of zeros must leave the state as it is.
+      step, chunk: the kind's mathematics, for one request.
+      pool: states of this kind's layers; layer: index of this layer in it.
+    Returns the outputs, zeros for padding tokens, and the pool with final states and snapshots stored.
+    """
+    count = jax.tree.leaves(tokens)[0].shape[0]
+    start = read_states(pool, layer, batch)
+    index = decode_tokens(batch, count)
+    one, stepped = jax.vmap(step)(start, jax.tree.map(lambda x: take(x, index), tokens))
+    decoding = batch.in_decode.reshape((-1,) + (1,) * (start.ndim - 1))
+    final = jnp.where(decoding, stepped, start)
+    snapshot = final
+    out = put(jnp.zeros((count, *one.shape[1:]), one.dtype), index, one)
+    if not batch.decode_only:
+        plan = prefill_chunks(batch, count, CHUNK)
+        pieces, final, snapshot = _scan_chunks(tokens, chunk, plan, start, final, batch)
+        out = put(out, plan.token.reshape(-1), pieces.reshape(-1, *pieces.shape[2:]))
+    return out, store_states(pool, layer, batch, final, snapshot)
+
+
+def _scan_chunks(
+    tokens: Any, chunk: Chunk, plan: Chunks, start: Array, final: Array, batch: RaggedBatch
+) -> tuple[Array, Array, Array]:
+    """The outputs `[n, C, ...]` of all chunks, and each row's final state and snapshot `[B, ...]`."""
+
+    def body(carry: tuple[Array, Array, Array], xs: tuple[Any, Any]) -> tuple[tuple[Array, Array, Array], Array]:
+        state, final, snapshot = carry
+        (row, first, length, end), piece = xs
+        state = jnp.where(first, start[row], state)
+        out, state = chunk(state, piece)
+        final = final.at[row].set(jnp.where(length > 0, state, final[row]))
+        taken = (length > 0) & (end == batch.snapshot_length[row])
+        snapshot = snapshot.at[row].set(jnp.where(taken, state, snapshot[row]))
+        return (state, final, snapshot), out
+
+    pieces = jax.tree.map(lambda x: take(x, plan.token), tokens)
+    carry = (jnp.zeros_like(start[0]), final, final)
+    (_, final, snapshot), out = jax.lax.scan(body, carry, ((plan.row, plan.first, plan.length, plan.end), pieces))
+    return out, final, snapshot

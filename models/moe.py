@@ -1,0 +1,162 @@
+"""Mixture of experts: routers that choose experts for each token, and the experts.
+
+A router gives every token k experts and their weights, float32. Experts that nobody chose cost nothing.
+Letters: T tokens, D model width, E experts, k experts a token, F expert width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from models.layers import MLP, Axes, Tally, matrix, swiglu
+
+Choice = tuple[Int[Array, "T k"], Float[Array, "T k"]]
+
+
+@dataclass(frozen=True)
+class GroupedSigmoid:
+    """Sigmoid scores, experts in groups (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+
+    A bias helps to choose but is not part of the weights. A group scores the sum of its two best biased scores; only the
+    `kept_groups` best groups take part. `normalised`: weights are divided by their sum, then multiplied by `factor`.
+    """
+
+    chosen: int
+    groups: int
+    kept_groups: int
+    normalised: bool
+    factor: float
+
+    def __call__(self, logits: Float[Array, "T E"], bias: Float[Array, "E"]) -> Choice:
+        """The experts of each token and their weights."""
+        scores = jax.nn.sigmoid(logits)
+        biased = (scores + bias[None, :]).reshape(logits.shape[0], self.groups, -1)
+        group_scores = jax.lax.top_k(biased, min(2, biased.shape[2]))[0].sum(-1)
+        kept = jax.lax.top_k(group_scores, self.kept_groups)[1]
+        open_TG = jnp.any(kept[:, :, None] == jnp.arange(self.groups)[None, None, :], axis=1)
+        biased = jnp.where(open_TG[:, :, None], biased, -jnp.inf).reshape(logits.shape)
+        experts = jax.lax.top_k(biased, self.chosen)[1]
+        weights = jnp.take_along_axis(scores, experts, axis=1)
+        if self.normalised:
+            weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+        return experts, weights * self.factor
+
+
+@dataclass(frozen=True)
+class SoftmaxTopK:
+    """Softmax over all experts, the k best, their weights divided by their sum."""
+
+    chosen: int
+
+    def __call__(self, logits: Float[Array, "T E"]) -> Choice:
+        """The experts of each token and their weights."""
+        weights, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.chosen)
+        return experts, weights / weights.sum(-1, keepdims=True)
+
+
+class RouterScores(nnx.Module):
+    """The product that scores experts, in float32 whatever the model's dtype: near ties decide who computes."""
+
+    def __init__(self, rngs: nnx.Rngs, width: int, experts: int, dtype: str):
+        self.kernel = matrix(rngs, (width, experts), ("model", None), width, dtype)
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
+        kernel = self.kernel[...].astype(jnp.float32)
+        return jnp.dot(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
+
+
+class BiasedRouter(nnx.Module):
+    """A router whose choice is helped by a bias per expert."""
+
+    def __init__(self, rngs: nnx.Rngs, width: int, experts: int, choose: GroupedSigmoid, dtype: str):
+        self.scores = RouterScores(rngs, width, experts, dtype)
+        self.bias = Tally(jnp.zeros((experts,), jnp.float32), axes=(None,))
+        self.choose = choose
+
+    def __call__(self, x: Float[Array, "T D"]) -> Choice:
+        return self.choose(self.scores(x), self.bias[...])
+
+
+class PlainRouter(nnx.Module):
+    """A router without bias."""
+
+    def __init__(self, rngs: nnx.Rngs, width: int, experts: int, choose: SoftmaxTopK, dtype: str):
+        self.scores = RouterScores(rngs, width, experts, dtype)
+        self.choose = choose
+
+    def __call__(self, x: Float[Array, "T D"]) -> Choice:
+        return self.choose(self.scores(x))
+
+
+class Experts(nnx.Module):
+    """E SwiGLU MLPs of width F; gate and up lie in one kernel `[E, D, 2, F]`."""
+
+    def __init__(self, rngs: nnx.Rngs, experts: int, width: int, inner: int, dtype: str):
+        gate_up_axes: Axes = ("expert", "model", None, "expert_mlp")
+        self.gate_up = matrix(rngs, (experts, width, 2, inner), gate_up_axes, width, dtype)
+        self.down = matrix(rngs, (experts, inner, width), ("expert", "expert_mlp", "model"), inner, dtype)
+
+    def __call__(self, x: Float[Array, "T D"], experts: Int[Array, "T k"], weights: Float[Array, "T k"]) -> Array:
+        gate_up, down = self.gate_up[...], self.down[...]
+        few = experts.size < gate_up.shape[0]  # gathering reads a kernel per choice, grouping reads every kernel
+        compute = gathered_experts if few else grouped_experts
+        out = compute(x, experts, gate_up, down)
+        return jnp.einsum("tkd,tk->td", out.astype(jnp.float32), weights).astype(x.dtype)
+
+
+def gathered_experts(x: Array, experts: Int[Array, "T k"], gate_up: Array, down: Array) -> Float[Array, "T k D"]:
+    """The outputs of each token's experts, reading one kernel per choice: for few tokens."""
+    inner = jnp.einsum("td,tkdcf->tkcf", x, gate_up[experts])
+    shape = inner.shape
+    inner = swiglu(inner.reshape(-1, *shape[2:])).reshape(*shape[:2], shape[3])
+    return jnp.einsum("tkf,tkfd->tkd", inner, down[experts])
+
+
+def grouped_experts(x: Array, experts: Int[Array, "T k"], gate_up: Array, down: Array) -> Float[Array, "T k D"]:
+    """The outputs of each token's experts, with the tokens sorted by expert: for many tokens."""
+    flat = experts.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    sizes = jnp.bincount(flat, length=gate_up.shape[0]).astype(jnp.int32)
+    rows = x[order // experts.shape[1]]
+    inner = jax.lax.ragged_dot(rows, gate_up.reshape(*gate_up.shape[:2], -1), sizes)
+    inner = swiglu(inner.reshape(-1, *gate_up.shape[2:]))
+    out = jax.lax.ragged_dot(inner, down, sizes)
+    return jnp.zeros_like(out).at[order].set(out).reshape(*experts.shape, -1)
+
+
+class SharedExpert(nnx.Module):
+    """An MLP that every token takes, added as it is."""
+
+    def __init__(self, rngs: nnx.Rngs, width: int, inner: int, dtype: str):
+        self.mlp = MLP(rngs, width, inner, dtype)
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        return self.mlp(x)
+
+
+class GatedSharedExpert(nnx.Module):
+    """An MLP that every token takes, scaled by `sigmoid(x w)`."""
+
+    def __init__(self, rngs: nnx.Rngs, width: int, inner: int, dtype: str):
+        self.mlp = MLP(rngs, width, inner, dtype)
+        self.gate = matrix(rngs, (width,), ("model",), width, dtype)
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        share = jax.nn.sigmoid(jnp.dot(x, self.gate[...], preferred_element_type=jnp.float32))
+        return (self.mlp(x).astype(jnp.float32) * share[:, None]).astype(x.dtype)
+
+
+class MoE(nnx.Module):
+    """Routed experts plus a shared one."""
+
+    def __init__(self, router: Callable[[Array], Choice], experts: Experts, shared: Callable[[Array], Array]):
+        self.router = router
+        self.experts = experts
+        self.shared = shared
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        return self.experts(x, *self.router(x)) + self.shared(x)

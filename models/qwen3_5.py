@@ -1,0 +1,372 @@
+"""Qwen3.5 and Qwen3.6 language models, dense and mixture of experts: gated delta rule with gated attention.
+
+The checkpoints may hold a vision tower, which is left out: text only. For text the three position axes of the
+multimodal rotary embedding are equal, so it is the plain one. Definition: the `qwen3_5` and `qwen3_5_moe` classes of
+transformers; the draft layer follows the open serving engines, since those classes leave it out.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kernels_pallas.gdn import GDN, GDNWeights
+from kernels_pallas.gqa import GQA
+from kernels_pallas.op import ArraySpec, Cache, Place, RaggedBatch, StateSpec
+from kernels_pallas.rotary import Rotary, frequencies
+from models.attention import GatedGroupedAttention, GroupedShape
+from models.decoder import Decoder, Draft, Layer
+from models.hf_fields import Fields
+from models.layers import MLP, Embedding, Head, Linear, RMSNorm, matrix, vector
+from models.moe import Experts, GatedSharedExpert, MoE, PlainRouter, SoftmaxTopK
+from models.weights import Weight, WeightTable, expert_rows, mlp_rows, weight
+
+DENSE = ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM")
+SPARSE = ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM")
+ARCHITECTURES = DENSE + SPARSE
+
+OUTER_FIELDS = (
+    "image_token_id video_token_id vision_start_token_id vision_end_token_id vision_config text_config language_model_only"
+).split()
+LINEAR, FULL = "linear_attention", "full_attention"
+
+
+@dataclass(frozen=True)
+class DeltaShape:
+    """Widths of a gated delta rule: key heads, value heads, their widths, width of the convolution."""
+
+    key_heads: int
+    heads: int
+    key_width: int
+    value_width: int
+    convolution: int
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: all queries, all keys, all values."""
+        return 2 * self.key_heads * self.key_width + self.heads * self.value_width
+
+
+@dataclass(frozen=True)
+class SparseShape:
+    """Sizes of the mixture of experts."""
+
+    experts: int
+    chosen: int
+    width: int
+    shared_width: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the network computes, read from a published config. `dense_width` is None for a mixture of experts."""
+
+    vocabulary: int
+    width: int
+    kinds: tuple[str, ...]
+    attention: GroupedShape
+    delta: DeltaShape
+    dense_width: int | None
+    sparse: SparseShape | None
+    epsilon: float
+    rope_theta: float
+    rotary_width: int
+    tied: bool
+    draft: bool
+    max_positions: int
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any]) -> "Config":
+        """Read a config.json. Raises ValueError for a missing or unknown field, or a value that is not implemented."""
+        architecture = hf["architectures"][0]
+        f = Fields(_text_fields(hf, architecture), f"config.json of {architecture}")
+        _refuse_variants(f)
+        attention = GroupedShape(f.whole("num_attention_heads"), f.whole("num_key_value_heads"), f.whole("head_dim"))
+        theta, rotary_width = _read_rope(f, attention.width)
+        sparse = architecture in SPARSE
+        config = cls(
+            vocabulary=f.whole("vocab_size"),
+            width=f.whole("hidden_size"),
+            kinds=_read_kinds(f),
+            attention=attention,
+            delta=_read_delta(f),
+            dense_width=None if sparse else f.whole("intermediate_size"),
+            sparse=_read_sparse(f) if sparse else None,
+            epsilon=f.number("rms_norm_eps"),
+            rope_theta=theta,
+            rotary_width=rotary_width,
+            tied=f.flag("tie_word_embeddings", False),
+            draft=f.whole("mtp_num_hidden_layers", 0, least=0) == 1,
+            max_positions=f.whole("max_position_embeddings"),
+        )
+        if sparse:
+            f.ignore(["intermediate_size"])
+        f.done()
+        return config
+
+
+def _text_fields(hf: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """The language model's fields: the `text_config` of a multimodal config, or the config itself."""
+    if "text_config" not in hf:
+        return hf
+    outer = Fields(hf, f"config.json of {architecture}")
+    text = outer.section("text_config")
+    tied = outer.flag("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    outer.ignore(OUTER_FIELDS)
+    outer.done()
+    return {**text, "tie_word_embeddings": tied}
+
+
+def _refuse_variants(f: Fields) -> None:
+    f.accept("hidden_act", "silu")
+    f.accept("attention_bias", False)
+    f.accept("attn_output_gate", True)
+    f.accept("output_gate_type", None, "swish")
+    f.accept("mtp_num_hidden_layers", 0, 1)
+    f.accept("mtp_use_dedicated_embeddings", False)
+    f.accept("mamba_ssm_dtype", "float32")
+    f.accept("mlp_only_layers", [])
+    f.accept("decoder_sparse_step", 1)
+    f.accept("norm_topk_prob", True)
+    f.accept("rope_scaling", None)
+    f.accept("use_sliding_window", False)
+    f.accept("sliding_window", None)
+
+
+def _read_kinds(f: Fields) -> tuple[str, ...]:
+    layers, interval = f.whole("num_hidden_layers"), f.whole_or_none("full_attention_interval")
+    listed = f.get("layer_types", None)
+    if listed is None and interval is None:
+        raise ValueError("config.json: wanted layer_types or full_attention_interval, got neither")
+    if listed is None:
+        return tuple(FULL if (index + 1) % interval == 0 else LINEAR for index in range(layers))
+    if not isinstance(listed, list) or len(listed) != layers or not set(listed) <= {LINEAR, FULL}:
+        raise ValueError(f"config.json: wanted {layers} layer_types of {LINEAR} or {FULL}, got {listed!r}")
+    return tuple(listed)
+
+
+def _read_delta(f: Fields) -> DeltaShape:
+    shape = DeltaShape(
+        f.whole("linear_num_key_heads"),
+        f.whole("linear_num_value_heads"),
+        f.whole("linear_key_head_dim"),
+        f.whole("linear_value_head_dim"),
+        f.whole("linear_conv_kernel_dim", least=2),
+    )
+    if shape.heads % shape.key_heads:
+        raise ValueError(f"config.json: wanted a multiple of {shape.key_heads} linear value heads, got {shape.heads}")
+    return shape
+
+
+def _read_sparse(f: Fields) -> SparseShape:
+    return SparseShape(
+        f.whole("num_experts"),
+        f.whole("num_experts_per_tok"),
+        f.whole("moe_intermediate_size"),
+        f.whole("shared_expert_intermediate_size"),
+    )
+
+
+def _read_rope(f: Fields, head_width: int) -> tuple[float, int]:
+    """Base of the frequencies and number of rotated channels."""
+    rope = Fields(f.section("rope_parameters"), "rope_parameters of config.json")
+    rope.accept("rope_type", "default")
+    rope.accept("mrope_interleaved", True)
+    rope.ignore(["mrope_section"])  # splits the frequencies over position axes that are equal for text
+    theta, factor = rope.number("rope_theta"), rope.number("partial_rotary_factor")
+    rope.done()
+    rotated = head_width * factor
+    if rotated != int(rotated) or int(rotated) % 2 or rotated > head_width:
+        raise ValueError(f"config.json: wanted an even number of rotated channels, got {rotated} of {head_width}")
+    return theta, int(rotated)
+
+
+class DeltaAttention(nnx.Module):
+    """Gated delta rule with separate projections: mixed channels, output gate, update gate, decay gate."""
+
+    kind = GDN.name
+
+    def __init__(self, rngs: nnx.Rngs, width: int, shape: DeltaShape, epsilon: float, dtype: str, backend: str):
+        heads, inner = shape.heads, shape.heads * shape.value_width
+        self.mixed = Linear(rngs, (width,), (shape.channels,), ("model", "delta_channels"), dtype)
+        self.z = Linear(rngs, (width,), (heads, shape.value_width), ("model", "heads", None), dtype)
+        self.b = Linear(rngs, (width,), (heads,), ("model", "heads"), dtype)
+        self.a = Linear(rngs, (width,), (heads,), ("model", "heads"), dtype)
+        kernel = (shape.convolution, shape.channels)
+        self.convolution = matrix(rngs, kernel, (None, "delta_channels"), shape.convolution, "float32")
+        self.decay_log = vector(0.0, (heads,), ("heads",))
+        self.decay_bias = vector(1.0, (heads,), ("heads",))
+        self.output_norm = RMSNorm(shape.value_width, epsilon)
+        self.output = Linear(rngs, (inner,), (width,), ("heads", "model"), dtype)
+        self.key_heads = shape.key_heads
+        self.epsilon = epsilon
+        state = ArraySpec("state", (heads, shape.value_width, shape.key_width), "float32")
+        self.memory = StateSpec((state, ArraySpec("tail", (shape.convolution - 1, shape.channels), dtype)))
+        self.place = Place(0, 0)
+        self.backend = backend
+
+    def __call__(
+        self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
+    ) -> tuple[Float[Array, "T D"], Cache]:
+        weights = GDNWeights(
+            self.convolution[...], self.decay_log[...], self.decay_bias[...], self.output_norm.weight
+        )
+        state, tail = cache.slots(self.place)
+        out, state, tail = GDN.on(self.backend)(
+            self.mixed(x),
+            self.z(x),
+            self.b(x),
+            self.a(x),
+            weights,
+            state,
+            tail,
+            self.place.layer,
+            batch,
+            key_heads=self.key_heads,
+            epsilon=self.epsilon,
+        )
+        return self.output(out), cache.updated(self.place, (state, tail))
+
+
+class Model(Decoder):
+    """The decoder of this family."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype: str = "bfloat16", backend: str = "auto"):
+        parts = _Parts(config, rngs, dtype, backend)
+        super().__init__(
+            Embedding(rngs, config.vocabulary, config.width, dtype),
+            [parts.layer(kind) for kind in config.kinds],
+            parts.norm(),
+            None if config.tied else Head(rngs, config.vocabulary, config.width, dtype),
+            parts.draft() if config.draft else None,
+            tuple(frequencies(config.rotary_width, config.rope_theta).tolist()),
+        )
+
+
+class _Parts:
+    """Builds the parts of one model."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs, dtype: str, backend: str):
+        self.config, self.rngs, self.dtype = config, rngs, dtype
+        platform = jax.default_backend()
+        self.gdn = GDN.choose(backend, platform)
+        self.gqa = GQA.choose(backend, platform)
+
+    def norm(self) -> RMSNorm:
+        return RMSNorm(self.config.width, self.config.epsilon, offset=1.0)
+
+    def layer(self, kind: str) -> Layer:
+        mixer = self._attention() if kind == FULL else self._delta()
+        return Layer(mixer, self._feed_forward(), self.norm(), self.norm())
+
+    def draft(self) -> Draft:
+        width = self.config.width
+        project = Linear(self.rngs, (2 * width,), (width,), (None, "model"), self.dtype)
+        return Draft(self.norm(), self.norm(), project, self.layer(FULL), self.norm())
+
+    def _attention(self) -> GatedGroupedAttention:
+        config = self.config
+        return GatedGroupedAttention(
+            self.rngs, config.width, config.attention, config.epsilon, 1.0, self.dtype, self.gqa
+        )
+
+    def _delta(self) -> DeltaAttention:
+        config = self.config
+        return DeltaAttention(self.rngs, config.width, config.delta, config.epsilon, self.dtype, self.gdn)
+
+    def _feed_forward(self) -> nnx.Module:
+        width, rngs, dtype, sparse = self.config.width, self.rngs, self.dtype, self.config.sparse
+        if sparse is None:
+            return MLP(rngs, width, self.config.dense_width, dtype)
+        router = PlainRouter(rngs, width, sparse.experts, SoftmaxTopK(sparse.chosen), dtype)
+        experts = Experts(rngs, sparse.experts, width, sparse.width, dtype)
+        return MoE(router, experts, GatedSharedExpert(rngs, width, sparse.shared_width, dtype))
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+def weight_table(config: Config) -> WeightTable:
+    """Our parameters and the published tensors."""
+    rows = [
+        weight("embedding.table", "model.embed_tokens.weight", "y d -> y d"),
+        weight("norm.scale", "model.norm.weight", "d -> d"),
+    ]
+    if not config.tied:
+        rows.append(weight("head.kernel", "lm_head.weight", "y d -> d y"))
+    for index, kind in enumerate(config.kinds):
+        rows += _layer_rows(config, kind, f"layers.{index}", f"model.layers.{index}")
+    if config.draft:
+        rows += _draft_rows(config)
+    return WeightTable(tuple(rows), canonical)
+
+
+def canonical(name: str) -> str | None:
+    """Multimodal releases put the language model one level deeper; a vision tower is left out."""
+    if name.startswith("model.visual."):
+        return None
+    return name.replace("model.language_model.", "model.", 1) if name.startswith("model.language_model.") else name
+
+
+def _layer_rows(config: Config, kind: str, ours: str, theirs: str) -> list[Weight]:
+    mixer = _attention_rows if kind == FULL else _delta_rows
+    sparse = config.sparse
+    feed_forward = (
+        mlp_rows(f"{ours}.feed_forward", f"{theirs}.mlp")
+        if sparse is None
+        else _moe_rows(sparse, f"{ours}.feed_forward", f"{theirs}.mlp")
+    )
+    return [
+        weight(f"{ours}.norm.scale", f"{theirs}.input_layernorm.weight", "d -> d"),
+        weight(f"{ours}.feed_forward_norm.scale", f"{theirs}.post_attention_layernorm.weight", "d -> d"),
+        *mixer(f"{ours}.mixer", theirs),
+        *feed_forward,
+    ]
+
+
+def _attention_rows(ours: str, theirs: str) -> list[Weight]:
+    theirs = f"{theirs}.self_attn"
+    return [
+        weight(f"{ours}.query_gate.kernel", f"{theirs}.q_proj.weight", "(h c k) d -> d h c k"),
+        weight(f"{ours}.key.kernel", f"{theirs}.k_proj.weight", "(g k) d -> d g k"),
+        weight(f"{ours}.value.kernel", f"{theirs}.v_proj.weight", "(g k) d -> d g k"),
+        weight(f"{ours}.query_norm.scale", f"{theirs}.q_norm.weight", "k -> k"),
+        weight(f"{ours}.key_norm.scale", f"{theirs}.k_norm.weight", "k -> k"),
+        weight(f"{ours}.output.kernel", f"{theirs}.o_proj.weight", "d v -> v d"),
+    ]
+
+
+def _delta_rows(ours: str, theirs: str) -> list[Weight]:
+    theirs = f"{theirs}.linear_attn"
+    return [
+        weight(f"{ours}.mixed.kernel", f"{theirs}.in_proj_qkv.weight", "c d -> d c"),
+        weight(f"{ours}.z.kernel", f"{theirs}.in_proj_z.weight", "(h v) d -> d h v"),
+        weight(f"{ours}.b.kernel", f"{theirs}.in_proj_b.weight", "h d -> d h"),
+        weight(f"{ours}.a.kernel", f"{theirs}.in_proj_a.weight", "h d -> d h"),
+        weight(f"{ours}.convolution", f"{theirs}.conv1d.weight", "c 1 w -> w c"),
+        weight(f"{ours}.decay_log", f"{theirs}.A_log", "h -> h"),
+        weight(f"{ours}.decay_bias", f"{theirs}.dt_bias", "h -> h"),
+        weight(f"{ours}.output_norm.scale", f"{theirs}.norm.weight", "v -> v"),
+        weight(f"{ours}.output.kernel", f"{theirs}.out_proj.weight", "d v -> v d"),
+    ]
+
+
+def _moe_rows(sparse: SparseShape, ours: str, theirs: str) -> list[Weight]:
+    return [
+        weight(f"{ours}.router.scores.kernel", f"{theirs}.gate.weight", "e d -> d e"),
+        *expert_rows(f"{ours}.experts", f"{theirs}.experts", sparse.experts),
+        *mlp_rows(f"{ours}.shared.mlp", f"{theirs}.shared_expert"),
+        weight(f"{ours}.shared.gate", f"{theirs}.shared_expert_gate.weight", "1 d -> d"),
+    ]
+
+
+def _draft_rows(config: Config) -> list[Weight]:
+    return [
+        weight("draft.embedding_norm.scale", "mtp.pre_fc_norm_embedding.weight", "d -> d"),
+        weight("draft.hidden_norm.scale", "mtp.pre_fc_norm_hidden.weight", "d -> d"),
+        weight("draft.project.kernel", "mtp.fc.weight", "d i -> i d"),
+        weight("draft.norm.scale", "mtp.norm.weight", "d -> d"),
+        *_layer_rows(config, FULL, "draft.layer", "mtp.layers.0"),
+    ]

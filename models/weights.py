@@ -1,0 +1,116 @@
+"""How a published checkpoint's tensors and our parameters are the same numbers: one table, read both ways.
+
+A family lists one `Weight` per parameter. A `Source` names the published tensors that make it up and gives the
+rearrangement as a pattern, for example `"c (h k) d -> d c h k"`: letters before the arrow are the axes of the published
+tensors (stacked in the order of their names where there are several), letters after it the axes of our parameter.
+A parameter may have several sources, since one family is published under several spellings (experts one by one, or
+packed); a checkpoint must hold exactly one of them. Nothing here reads files.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Source:
+    """One spelling: published tensor names, how they are stacked, and the pattern from their axes to ours.
+
+    `names` in row-major order over `grid`; `()` means one name that is the whole tensor. The first `len(grid)` axes of
+    the left side of `pattern` are the grid, the others the axes of each tensor.
+    """
+
+    names: tuple[str, ...]
+    pattern: str
+    grid: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.names) != math.prod(self.grid):
+            raise ValueError(f"wanted {math.prod(self.grid)} names for grid {self.grid}, got {len(self.names)}")
+
+    def tensor_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of each published tensor, for our parameter's shape."""
+        left, sizes = self._axes(shape)
+        return tuple(math.prod(sizes[axis] for axis in group) for group in left[len(self.grid) :])  # 1 for no letters
+
+    def assemble(self, tensors: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
+        """Our parameter from the published tensors (in the order of `names`). A copy only where axes move or stack."""
+        left, sizes = self._axes(shape)
+        wanted = self.tensor_shape(shape)
+        for name, tensor in zip(self.names, tensors, strict=True):
+            if tuple(tensor.shape) != wanted:
+                raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(tensor.shape)}: the config does not fit")
+        whole = np.stack(tensors) if self.grid else tensors[0]
+        flat = [axis for group in left for axis in group]
+        whole = whole.reshape([sizes[axis] for axis in flat])
+        return whole.transpose([flat.index(axis) for axis in self._right()])
+
+    def split(self, parameter: np.ndarray) -> list[np.ndarray]:
+        """The published tensors from our parameter, in the order of `names`: the inverse of `assemble`."""
+        left, _ = self._axes(parameter.shape)
+        right, flat = self._right(), [axis for group in left for axis in group]
+        wanted = self.tensor_shape(parameter.shape)
+        whole = parameter.transpose([right.index(axis) for axis in flat])
+        whole = np.ascontiguousarray(whole).reshape((len(self.names), *wanted))
+        return list(whole)
+
+    def _right(self) -> list[str]:
+        return self.pattern.split("->")[1].split()
+
+    def _axes(self, shape: Sequence[int]) -> tuple[list[list[str]], dict[str, int]]:
+        """The left side as groups of letters (a parenthesis is one axis of the file), and the size of each letter."""
+        groups = re.findall(r"\(([^)]*)\)|(\w+)", self.pattern.split("->")[0])
+        left = [[axis for axis in (inner or single).split() if axis != "1"] for inner, single in groups]
+        right = self._right()
+        if len(right) != len(shape) or sorted(right) != sorted(axis for group in left for axis in group):
+            raise ValueError(f"pattern {self.pattern!r} does not fit a parameter of shape {tuple(shape)}")
+        return left, dict(zip(right, shape, strict=True))
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter: its path in the model (`"layers.3.mixer.output.kernel"`) and its spellings, the usual one first."""
+
+    path: str
+    sources: tuple[Source, ...]
+
+
+def weight(path: str, name: str, pattern: str, *more: Source) -> Weight:
+    """A parameter that is one published tensor, rearranged by `pattern`; `more` are its other spellings."""
+    return Weight(path, (Source((name,), pattern), *more))
+
+
+@dataclass(frozen=True)
+class WeightTable:
+    """All parameters of one model.
+
+    `canonical` maps a tensor name as found in a file to the name used in `weights` (it strips prefixes that some
+    releases add), or to None for a tensor that is not part of the model and may be left out (such as a vision tower).
+    """
+
+    weights: tuple[Weight, ...]
+    canonical: Callable[[str], str | None]
+
+
+def mlp_rows(ours: str, theirs: str) -> list[Weight]:
+    """Rows of a SwiGLU MLP, published as three matrices."""
+    names = (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight")
+    return [
+        Weight(f"{ours}.gate_up.kernel", (Source(names, "c f d -> d c f", (2,)),)),
+        weight(f"{ours}.down.kernel", f"{theirs}.down_proj.weight", "d f -> f d"),
+    ]
+
+
+def expert_rows(ours: str, theirs: str, experts: int) -> list[Weight]:
+    """Rows of E SwiGLU experts, published one by one or packed."""
+    gate_up = tuple(f"{theirs}.{e}.{part}_proj.weight" for e in range(experts) for part in ("gate", "up"))
+    down = tuple(f"{theirs}.{e}.down_proj.weight" for e in range(experts))
+    packed_gate_up = Source((f"{theirs}.gate_up_proj",), "e (c f) d -> e d c f")
+    packed_down = Source((f"{theirs}.down_proj",), "e d f -> e f d")
+    return [
+        Weight(f"{ours}.gate_up", (Source(gate_up, "e c f d -> e d c f", (experts, 2)), packed_gate_up)),
+        Weight(f"{ours}.down", (Source(down, "e d f -> e f d", (experts,)), packed_down)),
+    ]
