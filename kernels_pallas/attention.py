@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas.op import RaggedBatch, decode_tokens, prefill_chunks, put, take
+from kernels_pallas.op import RaggedBatch, decode_tokens, gather_parts, prefill_chunks, take
 
 BLOCK = 256  # queries; larger blocks expand a compressed cache less often, smaller ones hold fewer scores
 
@@ -22,19 +22,24 @@ Attend = Callable[[Any, Int[Array, "C"], Int[Array, "M"]], Array]
 def attend_rows(queries: Any, batch: RaggedBatch, decode: Attend, prefill: Attend) -> Float[Array, "T ..."]:
     """The outputs of all tokens, zeros for padding. `queries` is a tree of arrays `[T, ...]`."""
     count = jax.tree.leaves(queries)[0].shape[0]
-    index = decode_tokens(batch, count)
-    one = jax.tree.map(lambda x: take(x, index)[:, None], queries)
-    rows = jax.vmap(decode)(one, batch.seen[:, None], batch.pages)[:, 0]
-    out = put(jnp.zeros((count, *rows.shape[1:]), rows.dtype), index, rows)
-    if batch.decode_only:
-        return out
+    parts: list[tuple[Array, Array]] = []
+    if batch.may_decode:
+        index = decode_tokens(batch, count)
+        one = jax.tree.map(lambda x: take(x, index)[:, None], queries)
+        parts.append((index[:, None], jax.vmap(decode)(one, batch.seen[:, None], batch.pages)))
+    if batch.may_prefill:
+        parts.append(_attend_blocks(queries, batch, count, prefill))
+    return gather_parts(count, parts)
+
+
+def _attend_blocks(queries: Any, batch: RaggedBatch, count: int, prefill: Attend) -> tuple[Array, Array]:
+    """The indices `[n, C]` of the tokens that prefill and their outputs `[n, C, ...]`."""
     plan = prefill_chunks(batch, count, min(BLOCK, count))
     inside = jnp.arange(plan.token.shape[1], dtype=jnp.int32)[None, :]
     start = batch.seen[plan.row] + plan.end - plan.length
     position = jnp.where(inside < plan.length[:, None], start[:, None] + inside, 0)
     pieces = jax.tree.map(lambda x: take(x, plan.token), queries)
-    blocks = jax.lax.map(lambda block: prefill(*block), (pieces, position, batch.pages[plan.row]))
-    return put(out, plan.token.reshape(-1), blocks.reshape(-1, *blocks.shape[2:]))
+    return plan.token, jax.lax.map(lambda block: prefill(*block), (pieces, position, batch.pages[plan.row]))
 
 
 def causal(position: Int[Array, "C"], context: int) -> tuple[Bool[Array, "C s"], Bool[Array, "s"]]:

@@ -13,7 +13,7 @@ Letters: B requests, T tokens, M pages of a request, P pages, S tokens a page, N
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 BACKENDS = ("xla", "tpu", "gpu")
+
+Content = Literal["mixed", "decode", "prefill"]
 
 
 # ---------------------------------------------------------------------------------------------- what a layer remembers
@@ -116,11 +118,13 @@ class Cache:
     def _pool(self, place: Place, wanted: type, word: str) -> tuple[Array, ...]:
         spec = self.specs[place.pool]
         if type(spec) is not wanted:
-            raise ValueError(f"wanted {word} at {place}, got a pool of {type(spec).__name__}: look up by the right layer")
+            raise ValueError(
+                f"wanted {word} at {place}, got a pool of {type(spec).__name__}: look up by the right layer"
+            )
         return self.pools[place.pool]
 
 
-# -------------------------------------------------------------------------------------------------- who owns which token
+# ------------------------------------------------------------------------------------------------- who owns which token
 
 
 @jax.tree_util.register_dataclass
@@ -142,7 +146,7 @@ class RaggedBatch:
     snapshot_slot: Int[Array, "B"]  # 0: no snapshot
     snapshot_length: Int[Array, "B"]  # new tokens after which the state is stored a second time
     pages: Int[Array, "B M"]  # page table; unused entries are 0
-    decode_only: bool = field(default=False, metadata={"static": True})  # every row is in decode or absent
+    content: Content = field(default="mixed", metadata={"static": True})  # which rows there may be beside absent ones
 
     @property
     def rows(self) -> int:
@@ -155,9 +159,38 @@ class RaggedBatch:
         return self.query_start[1:] - self.query_start[:-1]
 
     @property
+    def may_decode(self) -> bool:
+        """Whether any row may be in decode; static."""
+        return self.content != "prefill"
+
+    @property
+    def may_prefill(self) -> bool:
+        """Whether any row may prefill; static."""
+        return self.content != "decode"
+
+    @property
     def in_decode(self) -> Bool[Array, "B"]:
         """Rows that take one token by the decode path."""
         return (jnp.arange(self.rows) < self.decodes) & (self.lengths > 0)
+
+
+def host_batch(
+    query_start: np.ndarray,
+    seen: np.ndarray,
+    decodes: int,
+    slots: tuple[np.ndarray, np.ndarray, np.ndarray],
+    snapshot_length: np.ndarray,
+    pages: np.ndarray,
+    content: Content,
+) -> RaggedBatch:
+    """A batch of NumPy arrays, as the host makes it; `slots` are those to read, to write, and of the snapshots."""
+    listed = (query_start, seen, np.asarray(decodes), *slots, snapshot_length, pages)
+    start, old, count, read, write, snapshot, length, table = (_int32(array) for array in listed)
+    return RaggedBatch(start, old, count, read, write, snapshot, length, table, content)
+
+
+def _int32(array: np.ndarray) -> Any:  # a host array where the device will have one of its own
+    return array.astype(np.int32)
 
 
 def token_rows(batch: RaggedBatch, tokens: int) -> tuple[Int[Array, "T"], Bool[Array, "T"]]:
@@ -222,11 +255,27 @@ def put(values: Array, index: Int[Array, "..."], rows: Array) -> Array:
     return values.at[index].set(rows.astype(values.dtype), mode="drop")
 
 
+def clear_padding(values: Array, batch: RaggedBatch) -> Array:
+    """`values` `[T, ...]` with zeros selected for padding tokens, whatever they hold."""
+    _, real = token_rows(batch, values.shape[0])
+    return jnp.where(real.reshape((-1,) + (1,) * (values.ndim - 1)), values, jnp.zeros((), values.dtype))
+
+
+def gather_parts(tokens: int, parts: list[tuple[Int[Array, "..."], Array]]) -> Array:
+    """The outputs `[T, ...]` from parts, each the indices of its tokens and their outputs; zeros elsewhere."""
+    _, first = parts[0]
+    depth = parts[0][0].ndim
+    out = jnp.zeros((tokens, *first.shape[depth:]), first.dtype)
+    for index, values in parts:
+        out = put(out, index.reshape(-1), values.reshape(-1, *out.shape[1:]))
+    return out
+
+
 # ------------------------------------------------------------------------------------------------------ slots and pages
 
 
 def read_states(pool: Array, layer: int, batch: RaggedBatch) -> Array:
-    """The states `[B, ...]` that the rows start from; zeros, whatever the slot holds, for a row that has seen nothing."""
+    """The states `[B, ...]` that rows start from; zeros, whatever is in the slot, for a row that has seen nothing."""
     states = pool[layer, batch.read_slot]
     old = (batch.seen > 0) & (batch.read_slot > 0)
     return jnp.where(old.reshape((-1,) + (1,) * (states.ndim - 1)), states, jnp.zeros((), states.dtype))
@@ -261,18 +310,20 @@ def read_pages(pages: Array, layer: int, table: Int[Array, "... M"]) -> Array:
 
 
 def check_batch(batch: RaggedBatch, tokens: int, slots: int, pages: int, page_size: int) -> None:
-    """Check a host-side batch (numpy arrays) before it goes to the device, where a bad index would be clamped in silence.
+    """Check a batch of NumPy arrays before it goes to the device, where a bad index would be clamped in silence.
 
     Args:
       tokens: length of the packed token axis. slots, pages: sizes of the pools. page_size: tokens a page.
     Raises ValueError, naming the first row that breaks a rule.
     """
     start, lengths = np.asarray(batch.query_start), np.diff(batch.query_start)
-    _require(start[0] == 0 and start[-1] <= tokens and (lengths >= 0).all(), "query_start", "0 <= … <= tokens", start)
+    rising = start[0] == 0 and start[-1] <= tokens and (lengths >= 0).all()
+    _require(bool(rising), "query_start", f"rising from 0 to at most {tokens}", start)
     decodes = int(batch.decodes)
     _require(0 <= decodes <= len(lengths), "decodes", f"0 to {len(lengths)}", decodes)
     _require((lengths[:decodes] <= 1).all(), "length of a row in decode", "at most 1", lengths[:decodes])
-    _require(not batch.decode_only or (lengths[decodes:] == 0).all(), "rows past decodes", "absent", lengths)
+    _require(batch.may_prefill or (lengths[decodes:] == 0).all(), "rows past decodes", "absent", lengths)
+    _require(batch.may_decode or decodes == 0, "decodes of a batch without decodes", "0", decodes)
     present = lengths > 0
     _check_slots(batch, present, slots)
     _check_pages(batch, present, lengths, pages, page_size)
@@ -308,12 +359,12 @@ def _check_pages(batch: RaggedBatch, present: np.ndarray, lengths: np.ndarray, p
     _require(len(np.unique(table[new])) == new.sum(), "pages written", "distinct", table[new])
 
 
-def _require(holds: bool, what: str, wanted: str, got: object) -> None:
+def _require(holds: bool | np.bool, what: str, wanted: str, got: object) -> None:
     if not holds:
         raise ValueError(f"wanted {what}: {wanted}, got {got}: the scheduler gave out a bad index")
 
 
-# ------------------------------------------------------------------------------------------------ one name, three backends
+# --------------------------------------------------------------------------------------------- one name, three backends
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from kernels_pallas.op import (
     Chunks,
     RaggedBatch,
     decode_tokens,
+    gather_parts,
     prefill_chunks,
-    put,
     read_states,
     store_states,
     take,
@@ -42,17 +42,19 @@ def recur(
     """
     count = jax.tree.leaves(tokens)[0].shape[0]
     start = read_states(pool, layer, batch)
-    index = decode_tokens(batch, count)
-    one, stepped = jax.vmap(step)(start, jax.tree.map(lambda x: take(x, index), tokens))
-    decoding = batch.in_decode.reshape((-1,) + (1,) * (start.ndim - 1))
-    final = jnp.where(decoding, stepped, start)
-    snapshot = final
-    out = put(jnp.zeros((count, *one.shape[1:]), one.dtype), index, one)
-    if not batch.decode_only:
+    parts: list[tuple[Array, Array]] = []
+    final = snapshot = start
+    if batch.may_decode:
+        index = decode_tokens(batch, count)
+        out, stepped = jax.vmap(step)(start, jax.tree.map(lambda x: take(x, index), tokens))
+        decoding = batch.in_decode.reshape((-1,) + (1,) * (start.ndim - 1))
+        final = snapshot = jnp.where(decoding, stepped, start)
+        parts.append((index, out))
+    if batch.may_prefill:
         plan = prefill_chunks(batch, count, CHUNK)
-        pieces, final, snapshot = _scan_chunks(tokens, chunk, plan, start, final, batch)
-        out = put(out, plan.token.reshape(-1), pieces.reshape(-1, *pieces.shape[2:]))
-    return out, store_states(pool, layer, batch, final, snapshot)
+        out, final, snapshot = _scan_chunks(tokens, chunk, plan, start, final, batch)
+        parts.append((plan.token, out))
+    return gather_parts(count, parts), store_states(pool, layer, batch, final, snapshot)
 
 
 def _scan_chunks(

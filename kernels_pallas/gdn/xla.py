@@ -11,7 +11,7 @@ reads key head h // (H / G). For a chunk of C tokens with G_i = sum_{t <= i} g_t
     o_i = e^{G_i} S_0 q_i + sum_{j <= i} e^{G_i - G_j} (q_i . k_j) u_j
     S_C = e^{G_C} S_0 + sum_j e^{G_C - G_j} u_j k_j^T
 
-Decays stay in the exponent as differences, which are never positive. This is the definition that the kernels are held to.
+Decays stay in the exponent as sums of g over (j, i], never positive. This is the definition that kernels are held to.
 
 Letters: T tokens, H value heads, G key heads, K key width, V value width, C chunk, W convolution width, N slots,
 L layers of the pool.
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.norm import l2, rms
-from kernels_pallas.op import RaggedBatch
+from kernels_pallas.op import RaggedBatch, clear_padding
 from kernels_pallas.recurrence import recur
 from kernels_pallas.short_conv.xla import short_conv
 
@@ -60,8 +60,9 @@ def gdn(
     """One gated delta rule layer between its projections.
 
     Args:
-      mixed: projected channels before the convolution: all queries, all keys, all values. z: output gate. b, a: gates of
-        the update and of the decay. epsilon: of the output norm. beta_scale: 2 allows negative eigenvalues.
+      mixed: projected channels before the convolution: all queries, all keys, all values. z: output gate.
+        b, a: gates of the update and of the decay. epsilon: of the output norm.
+        beta_scale: 2 allows negative eigenvalues.
     Returns the gated output in the dtype of `mixed`, zeros for padding, and both pools.
     """
     heads, value_width, key_width = state.shape[2:]
@@ -78,11 +79,12 @@ def gdn(
     tokens = (q, k, v.reshape(-1, heads, value_width), decay, beta)
     out, state = recur(tokens, gdn_step, gdn_chunk, state, layer, batch)
     out = rms(out, weights.output_norm, epsilon) * jax.nn.silu(z.astype(jnp.float32))
-    return out.reshape(out.shape[0], -1).astype(mixed.dtype), state, tail
+    out = out.reshape(out.shape[0], -1).astype(mixed.dtype)
+    return clear_padding(out, batch), state, tail
 
 
 def gdn_step(state: Float[Array, "H V K"], token: tuple[Array, ...]) -> tuple[Array, Array]:
-    """One token of the recurrence: q, k `[H, K]`, v `[H, V]`, decay, beta `[H]`; returns the output `[H, V]` and the state."""
+    """One token: q, k `[H, K]`, v `[H, V]`, decay, beta `[H]`; returns the output `[H, V]` and the state."""
     q, k, v, decay, beta = token
     state = jnp.exp(decay)[:, None, None] * state
     recalled = jnp.einsum("hvk,hk->hv", state, k, precision=EXACT)
@@ -94,11 +96,12 @@ def gdn_chunk(state: Float[Array, "H V K"], token: tuple[Array, ...]) -> tuple[A
     """Up to C tokens of the recurrence, each array with a leading axis C and zeros behind the last token."""
     q, k, v, decay, beta = token
     total_HC = jnp.cumsum(decay, axis=0).T
-    apart_HCC = total_HC[:, :, None] - total_HC[:, None, :]
     i = jnp.arange(q.shape[0])
-    until_now = (i[:, None] >= i[None, :])[None]
+    before, until_now = (i[:, None] > i[None, :])[None], (i[:, None] >= i[None, :])[None]
+    # Summed from j + 1 to i, not as a difference of two totals: those lose their digits after one strong decay.
+    apart_HCC = jnp.cumsum(jnp.where(before, decay.T[:, :, None], 0), axis=1)
     decay_HCC = jnp.exp(jnp.where(until_now, apart_HCC, -jnp.inf))
-    before_HCC = jnp.where((i[:, None] > i[None, :])[None], decay_HCC, 0)
+    before_HCC = jnp.where(before, decay_HCC, 0)
     beta_HC = beta.T
     recalled = jnp.einsum("hvk,ihk->hiv", state, k, precision=EXACT) * jnp.exp(total_HC)[:, :, None]
     wanted = beta_HC[:, :, None] * (v.transpose(1, 0, 2) - recalled)
@@ -107,6 +110,6 @@ def gdn_chunk(state: Float[Array, "H V K"], token: tuple[Array, ...]) -> tuple[A
     scores_HCC = jnp.einsum("ihk,jhk->hij", q, k, precision=EXACT) * decay_HCC
     carried = jnp.einsum("hvk,ihk->hiv", state, q, precision=EXACT) * jnp.exp(total_HC)[:, :, None]
     out = carried + jnp.einsum("hij,hjv->hiv", scores_HCC, u_HCV, precision=EXACT)
-    left_HC = jnp.exp(total_HC[:, -1:] - total_HC)
+    left_HC = decay_HCC[:, -1]
     added = jnp.einsum("hjv,jhk->hvk", u_HCV * left_HC[:, :, None], k, precision=EXACT)
     return out.transpose(1, 0, 2), jnp.exp(total_HC[:, -1])[:, None, None] * state + added

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.attention import attend_rows, causal, masked, softmax
 from kernels_pallas.norm import rms
-from kernels_pallas.op import RaggedBatch, read_pages, write_pages
+from kernels_pallas.op import RaggedBatch, clear_padding, read_pages, write_pages
 from kernels_pallas.rotary import Rotary, rotate_halves
 
 EXACT = jax.lax.Precision.HIGHEST
@@ -64,7 +64,8 @@ def gqa(
     out = attend_rows(q, batch, attend, attend)
     if gate is not None:
         out = out * jax.nn.sigmoid(gate.astype(jnp.float32))
-    return out.reshape(out.shape[0], -1).astype(dtype), pages
+    out = out.reshape(out.shape[0], -1).astype(dtype)
+    return clear_padding(out, batch), pages
 
 
 def _attend(q: Array, position: Array, cached: Array, scale: float) -> Float[Array, "C H D"]:

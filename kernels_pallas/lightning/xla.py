@@ -9,8 +9,9 @@ and for a chunk of C tokens, i and j counted from 0 in the chunk,
     o_i = scale * [exp(-s (i + 1)) S_0 q_i + sum_{j <= i} exp(-s (i - j)) (q_i . k_j) v_j]
     S_C = exp(-s C) S_0 + sum_j exp(-s (C - 1 - j)) v_j k_j^T
 
-The decay stays in the exponent as a difference: its factors exp(-s i) and exp(s j) overflow. Queries and keys may pass
-an RMS norm per head and a rotary embedding first. This is the definition that the kernels are held to.
+The decay stays in the exponent as a difference: its factors exp(-s i) and exp(s j) overflow. Queries, keys and values
+may pass SiLU first, then queries and keys an RMS norm per head and a rotary embedding. This is the definition that the
+kernels are held to.
 
 Letters: T tokens, H heads, K key width, V value width, C chunk, N slots, L layers of the pool.
 """
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.norm import group_rms, rms
-from kernels_pallas.op import RaggedBatch
+from kernels_pallas.op import RaggedBatch, clear_padding
 from kernels_pallas.recurrence import recur
 from kernels_pallas.rotary import Rotary, rotate_halves
 
@@ -52,29 +53,34 @@ def lightning(
     scale: float,
     groups: int,
     epsilon: float,
+    silu: bool = False,
 ) -> tuple[Float[Array, "T H*V"], Float[Array, "L N H V K"]]:
     """One lightning layer between its projections.
 
     Args:
       qkv: projected queries, keys and values. gate: projected output gate, before its sigmoid.
       rotary: tables of this step's positions, or None. scale: factor of the queries.
-      groups: number of groups of the output norm. epsilon: of all norms.
+      groups: number of groups of the output norm. epsilon: of all norms. silu: whether `qkv` passes SiLU first.
     Returns the gated output in the dtype of `qkv`, zeros for padding, and the pool.
     """
-    q = _prepare(qkv[:, 0], weights.query_norm, rotary, epsilon) * scale
-    k = _prepare(qkv[:, 1], weights.key_norm, rotary, epsilon)
-    v = qkv[:, 2].astype(jnp.float32)
+    active = jax.nn.silu(qkv.astype(jnp.float32)) if silu else qkv
+    q = _prepare(active[:, 0], weights.query_norm, rotary, epsilon) * scale
+    k = _prepare(active[:, 1], weights.key_norm, rotary, epsilon)
+    v = active[:, 2].astype(jnp.float32)
     present = jnp.ones(q.shape[:1], jnp.float32)
 
-    def step(state: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
-        return lightning_step(state, *token[:3], weights.slopes)
+    def step(state: Array, token: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
+        q, k, v, _ = token
+        return lightning_step(state, q, k, v, weights.slopes)
 
-    def chunk(state: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
-        return lightning_chunk(state, *token, weights.slopes)
+    def chunk(state: Array, token: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
+        q, k, v, present = token
+        return lightning_chunk(state, q, k, v, present, weights.slopes)
 
     out, pool = recur((q, k, v, present), step, chunk, pool, layer, batch)
     out = group_rms(out.reshape(out.shape[0], -1), weights.output_norm, groups, epsilon)
-    return (out * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(qkv.dtype), pool
+    out = (out * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(qkv.dtype)
+    return clear_padding(out, batch), pool
 
 
 def lightning_step(

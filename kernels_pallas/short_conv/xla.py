@@ -2,7 +2,12 @@
 
     y_t = sum_{w < W} weight[w] * x_{t - (W - 1) + w}          newest input last; inputs before the first token are 0
 
-The tail of a request is its last W - 1 inputs, oldest first. This is the definition that the kernels are held to.
+The tail of a request is its last W - 1 inputs, oldest first. Other kinds build on this convolution; with a gate before
+and one behind it, both linear, it is a linear kind of its own (LFM2, arXiv 2511.23404):
+
+    y_t = out_gate_t * convolution(in_gate * u)_t
+
+This is the definition that the kernels are held to.
 
 Letters: T tokens, c channels, W convolution width, B requests, N slots, L layers of the pool.
 """
@@ -10,7 +15,26 @@ Letters: T tokens, c channels, W convolution width, B requests, N slots, L layer
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.op import RaggedBatch, read_states, store_states, take, token_rows
+from kernels_pallas.op import RaggedBatch, clear_padding, read_states, store_states, take, token_rows
+
+
+def gated_short_conv(
+    mixed: Float[Array, "T 3 c"],
+    weight: Float[Array, "W c"],
+    pool: Float[Array, "L N W-1 c"],
+    layer: int,
+    batch: RaggedBatch,
+) -> tuple[Float[Array, "T c"], Float[Array, "L N W-1 c"]]:
+    """One gated convolution layer between its projections.
+
+    Args:
+      mixed: the projected gate before the convolution, the gate behind it, and the channels. weight: float32.
+    Returns the gated output in the dtype of `mixed`, zeros for padding, and the pool.
+    """
+    in_gate, out_gate, channels = (mixed[:, part].astype(jnp.float32) for part in range(3))
+    gated = (in_gate * channels).astype(mixed.dtype)  # as the tail keeps it, so that pieces equal the whole
+    out, pool = short_conv(gated, weight, pool, layer, batch)
+    return clear_padding((out_gate * out).astype(mixed.dtype), batch), pool
 
 
 def short_conv(
