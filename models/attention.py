@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from kernels_pallas.gqa import GQA, GQAWeights
 from kernels_pallas.mla import MLA, MLAWeights
-from kernels_pallas.op import ArraySpec, Cache, KVSpec, Place, RaggedBatch
+from kernels_pallas.op import ArraySpec, Cache, KVSpec, Memory, Place, RaggedBatch
 from kernels_pallas.rotary import Rotary
 from models.layers import Linear, RMSNorm
 
@@ -27,11 +29,25 @@ class LatentShape:
 
 
 class LatentAttention(nnx.Module):
-    """MLA with rotary on interleaved pairs: projections around the op."""
+    """MLA: projections around the op.
+
+    `rotated`: queries and shared keys pass a rotary embedding on interleaved pairs. `gate`: None, or the outputs of a
+    projection whose sigmoid scales the attention's output: `(heads,)` or `(heads, value width)`.
+    """
 
     kind = MLA.name
 
-    def __init__(self, rngs: nnx.Rngs, width: int, shape: LatentShape, scale: float, dtype: str, backend: str):
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        width: int,
+        shape: LatentShape,
+        scale: float,
+        dtype: str,
+        backend: str,
+        rotated: bool = True,
+        gate: tuple[int, ...] | None = None,
+    ):
         query_width = shape.plain_width + shape.rotary_width
         cached = shape.latent_rank + shape.rotary_width
         if shape.query_rank is not None:
@@ -44,9 +60,13 @@ class LatentAttention(nnx.Module):
         expanded = (shape.heads, shape.plain_width + shape.value_width)
         self.expansion = Linear(rngs, (shape.latent_rank,), expanded, (None, "heads", None), dtype)
         self.output = Linear(rngs, (shape.heads * shape.value_width,), (width,), ("heads", "model"), dtype)
+        if gate is not None:
+            self.gate = Linear(rngs, (width,), gate, ("model", "heads", None)[: 1 + len(gate)], dtype)
+        self.gated, self.rotated = gate is not None, rotated
         self.compressed_query = shape.query_rank is not None
+        self.heads = shape.heads
         self.scale = scale
-        self.memory = KVSpec((ArraySpec("latent", (cached,), dtype),))
+        self.memory: Memory = KVSpec((ArraySpec("latent", (cached,), dtype),))
         self.place = Place(0, 0)
         self.backend = backend
 
@@ -55,11 +75,19 @@ class LatentAttention(nnx.Module):
     ) -> tuple[Float[Array, "T D"], Cache]:
         q = self.query(self.query_norm(self.query_down(x)) if self.compressed_query else x)
         weights = MLAWeights(self.latent_norm.weight, self.expansion.kernel[...])
+        tables = rotary if self.rotated else None
         (pages,) = cache.pages(self.place)
         out, pages = MLA.on(self.backend)(
-            q, self.latent(x), weights, rotary, pages, self.place.layer, batch, scale=self.scale, epsilon=LATENT_EPSILON
+            q, self.latent(x), weights, tables, pages, self.place.layer, batch, scale=self.scale, epsilon=LATENT_EPSILON
         )
+        out = self._scaled(out, x) if self.gated else out
         return self.output(out), cache.updated(self.place, (pages,))
+
+    def _scaled(self, out: Float[Array, "T H*V"], x: Float[Array, "T D"]) -> Float[Array, "T H*V"]:
+        """The output times the sigmoid of its gate, in float32."""
+        gate = jax.nn.sigmoid(self.gate(x).astype(jnp.float32)).reshape(x.shape[0], self.heads, -1)
+        per_head = out.reshape(x.shape[0], self.heads, -1).astype(jnp.float32)
+        return (per_head * gate).reshape(out.shape).astype(out.dtype)
 
 
 @dataclass(frozen=True)
@@ -71,8 +99,16 @@ class GroupedShape:
     width: int
 
 
-class GatedGroupedAttention(nnx.Module):
-    """GQA with norms of queries and keys per head, and a sigmoid gate on the output that is projected with the query."""
+@dataclass(frozen=True)
+class NormShape:
+    """Norms of queries and keys per head: epsilon, and what is added to the stored weight."""
+
+    epsilon: float
+    offset: float = 0.0
+
+
+class _Grouped(nnx.Module):
+    """What every GQA has: keys, values, output, memory. How queries come about is the business of its two forms."""
 
     kind = GQA.name
 
@@ -81,35 +117,34 @@ class GatedGroupedAttention(nnx.Module):
         rngs: nnx.Rngs,
         width: int,
         shape: GroupedShape,
-        epsilon: float,
-        norm_offset: float,
+        norm: NormShape | None,
+        scale: float,
         dtype: str,
         backend: str,
     ):
-        heads, keys = (shape.heads, 2, shape.width), (shape.key_heads, shape.width)
-        self.query_gate = Linear(rngs, (width,), heads, ("model", "heads", None, None), dtype)
+        keys = (shape.key_heads, shape.width)
         self.key = Linear(rngs, (width,), keys, ("model", "kv_heads", None), dtype)
         self.value = Linear(rngs, (width,), keys, ("model", "kv_heads", None), dtype)
-        self.query_norm = RMSNorm(shape.width, epsilon, offset=norm_offset)
-        self.key_norm = RMSNorm(shape.width, epsilon, offset=norm_offset)
+        if norm is not None:
+            self.query_norm = RMSNorm(shape.width, norm.epsilon, offset=norm.offset)
+            self.key_norm = RMSNorm(shape.width, norm.epsilon, offset=norm.offset)
+        self.normed, self.epsilon = norm is not None, 0.0 if norm is None else norm.epsilon
         self.output = Linear(rngs, (shape.heads * shape.width,), (width,), ("heads", "model"), dtype)
-        self.scale = shape.width**-0.5
-        self.epsilon = epsilon
-        self.memory = KVSpec((ArraySpec("kv", (2, *keys), dtype),))
+        self.scale = scale
+        self.memory: Memory = KVSpec((ArraySpec("kv", (2, *keys), dtype),))
         self.place = Place(0, 0)
         self.backend = backend
 
-    def __call__(
-        self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
-    ) -> tuple[Float[Array, "T D"], Cache]:
-        query_gate = self.query_gate(x)
-        weights = GQAWeights(self.query_norm.weight, self.key_norm.weight)
+    def _attend(
+        self, q: Array, gate: Array | None, x: Array, rotary: Rotary | None, cache: Cache, batch: RaggedBatch
+    ) -> tuple[Array, Cache]:
+        weights = GQAWeights(self.query_norm.weight, self.key_norm.weight) if self.normed else GQAWeights()
         (pages,) = cache.pages(self.place)
         out, pages = GQA.on(self.backend)(
-            query_gate[:, :, 0],
+            q,
             self.key(x),
             self.value(x),
-            query_gate[:, :, 1],
+            gate,
             weights,
             rotary,
             pages,
@@ -119,3 +154,44 @@ class GatedGroupedAttention(nnx.Module):
             epsilon=self.epsilon,
         )
         return self.output(out), cache.updated(self.place, (pages,))
+
+
+class GroupedAttention(_Grouped):
+    """GQA: projections around the op. `norm`: norms of queries and keys, or None. `rotated`: rotary on half pairs."""
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        width: int,
+        shape: GroupedShape,
+        norm: NormShape | None,
+        rotated: bool,
+        scale: float,
+        dtype: str,
+        backend: str,
+    ):
+        super().__init__(rngs, width, shape, norm, scale, dtype, backend)
+        self.query = Linear(rngs, (width,), (shape.heads, shape.width), ("model", "heads", None), dtype)
+        self.rotated = rotated
+
+    def __call__(
+        self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
+    ) -> tuple[Float[Array, "T D"], Cache]:
+        return self._attend(self.query(x), None, x, rotary if self.rotated else None, cache, batch)
+
+
+class GatedGroupedAttention(_Grouped):
+    """GQA whose output is scaled by a sigmoid gate, projected together with the query: per head `[query | gate]`."""
+
+    def __init__(
+        self, rngs: nnx.Rngs, width: int, shape: GroupedShape, norm: NormShape, scale: float, dtype: str, backend: str
+    ):
+        super().__init__(rngs, width, shape, norm, scale, dtype, backend)
+        axes = ("model", "heads", None, None)
+        self.query_gate = Linear(rngs, (width,), (shape.heads, 2, shape.width), axes, dtype)
+
+    def __call__(
+        self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
+    ) -> tuple[Float[Array, "T D"], Cache]:
+        query_gate = self.query_gate(x)
+        return self._attend(query_gate[:, :, 0], query_gate[:, :, 1], x, rotary, cache, batch)

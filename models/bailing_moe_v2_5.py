@@ -9,21 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
 
-from kernels_pallas.lightning import LIGHTNING, LightningWeights
+from kernels_pallas.lightning import LIGHTNING
 from kernels_pallas.mla import MLA
-from kernels_pallas.op import ArraySpec, Cache, Place, RaggedBatch, StateSpec
-from kernels_pallas.rotary import Rotary, frequencies
+from kernels_pallas.rotary import frequencies
 from models.attention import LatentAttention, LatentShape
 from models.decoder import Decoder, Draft, Layer
 from models.hf_fields import Fields
 from models.layers import MLP, Embedding, Head, Linear, RMSNorm
+from models.lightning import LightningAttention, LightningShape, alibi_slopes
 from models.moe import BiasedRouter, Experts, GroupedSigmoid, MoE, SharedExpert
-from models.weights import Weight, WeightTable, expert_rows, mlp_rows, weight
+from models.weights import Weight, WeightTable, expert_rows, latent_rows, mlp_rows, weight
 
 ARCHITECTURES = ("BailingMoeV2_5ForCausalLM",)
 
@@ -154,66 +152,9 @@ def _check_sizes(config: Config) -> None:
             raise ValueError(f"config.json: wanted {what} without rest, got {whole} by {part}")
     reachable = router.kept_groups * config.experts // router.groups
     if router.kept_groups > router.groups or router.chosen > reachable:
-        raise ValueError(f"config.json: wanted {router.chosen} experts within {router.kept_groups} groups, got {reachable}")
-
-
-def alibi_slopes(heads: int) -> np.ndarray:
-    """ALiBi slopes (arXiv 2108.12409), float64: `2^(-8 (i + 1) / n)`, interleaved where n is no power of two."""
-    power = 2 ** (heads.bit_length() - 1)
-    first = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
-    rest = 2.0 ** (-8.0 * np.arange(1, 2 * power + 1) / (2 * power))
-    return np.concatenate([first, rest[0::2][: heads - power]])
-
-
-class LightningAttention(nnx.Module):
-    """Lightning attention with norms of queries and keys per head, rotary, group norm and a sigmoid output gate."""
-
-    kind = LIGHTNING.name
-
-    def __init__(self, rngs: nnx.Rngs, config: Config, layer: int, dtype: str, backend: str):
-        heads, width = config.heads, config.head_width
-        inner = heads * width
-        self.query_key_value = Linear(
-            rngs, (config.width,), (3, heads, width), ("model", None, "heads", None), dtype
+        raise ValueError(
+            f"config.json: wanted {router.chosen} experts within {router.kept_groups} groups, got {reachable}"
         )
-        self.gate = Linear(rngs, (config.width,), (inner,), ("model", "heads"), dtype)
-        self.output = Linear(rngs, (inner,), (config.width,), ("heads", "model"), dtype)
-        self.output_norm = RMSNorm(inner, config.epsilon, axis="heads")
-        if config.query_key_norm:
-            self.query_norm = RMSNorm(width, config.epsilon)
-            self.key_norm = RMSNorm(width, config.epsilon)
-        self.normed = config.query_key_norm
-        self.slopes = tuple(config.slopes[layer].tolist())
-        self.scale = width**-0.5
-        self.groups = config.norm_groups
-        self.epsilon = config.epsilon
-        self.memory = StateSpec((ArraySpec("state", (heads, width, width), "float32"),))
-        self.place = Place(0, 0)
-        self.backend = backend
-
-    def __call__(
-        self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
-    ) -> tuple[Float[Array, "T D"], Cache]:
-        weights = LightningWeights(
-            jnp.asarray(self.slopes, jnp.float32),
-            self.output_norm.weight,
-            self.query_norm.weight if self.normed else None,
-            self.key_norm.weight if self.normed else None,
-        )
-        (pool,) = cache.slots(self.place)
-        out, pool = LIGHTNING.on(self.backend)(
-            self.query_key_value(x),
-            self.gate(x),
-            weights,
-            rotary,
-            pool,
-            self.place.layer,
-            batch,
-            scale=self.scale,
-            groups=self.groups,
-            epsilon=self.epsilon,
-        )
-        return self.output(out), cache.updated(self.place, (pool,))
 
 
 class Model(Decoder):
@@ -241,9 +182,7 @@ class _Parts:
         self.mla = MLA.choose(backend, platform)
 
     def layer(self, index: int, full: bool) -> Layer:
-        mixer = self._latent() if full else LightningAttention(
-            self.rngs, self.config, index, self.dtype, self.lightning
-        )
+        mixer = self._latent() if full else self._lightning(index)
         dense = index < self.config.dense_layers
         feed_forward = MLP(self.rngs, self.config.width, self.config.dense_width, self.dtype) if dense else self._moe()
         return Layer(mixer, feed_forward, self._norm(), self._norm())
@@ -256,6 +195,21 @@ class _Parts:
 
     def _norm(self) -> RMSNorm:
         return RMSNorm(self.config.width, self.config.epsilon)
+
+    def _lightning(self, index: int) -> LightningAttention:
+        config = self.config
+        shape = LightningShape(
+            config.heads,
+            config.head_width,
+            config.norm_groups,
+            config.epsilon,
+            scale=config.head_width**-0.5,
+            silu=False,
+            normed=config.query_key_norm,
+            rotated=True,
+        )
+        slopes = tuple(config.slopes[index].tolist())
+        return LightningAttention(self.rngs, config.width, shape, slopes, self.dtype, self.lightning)
 
     def _latent(self) -> LatentAttention:
         shape = self.config.latent
@@ -318,26 +272,15 @@ def _lightning_rows(config: Config, ours: str, theirs: str) -> list[Weight]:
     ]
     if config.query_key_norm:
         for part in ("query", "key"):
-            rows.append(weight(f"{ours}.mixer.{part}_norm.scale", f"{theirs}.attention.{part}_layernorm.weight", "k -> k"))
+            rows.append(
+                weight(f"{ours}.mixer.{part}_norm.scale", f"{theirs}.attention.{part}_layernorm.weight", "k -> k")
+            )
     return rows
 
 
 def _latent_rows(config: Config, ours: str, theirs: str) -> list[Weight]:
-    theirs = f"{theirs}.attention"
-    rows = [
-        weight(f"{ours}.mixer.latent.kernel", f"{theirs}.kv_a_proj_with_mqa.weight", "z d -> d z"),
-        weight(f"{ours}.mixer.latent_norm.scale", f"{theirs}.kv_a_layernorm.weight", "z -> z"),
-        weight(f"{ours}.mixer.expansion.kernel", f"{theirs}.kv_b_proj.weight", "(h n) z -> z h n"),
-        weight(f"{ours}.mixer.output.kernel", f"{theirs}.dense.weight", "d v -> v d"),
-    ]
-    if config.latent.query_rank is None:
-        return [*rows, weight(f"{ours}.mixer.query.kernel", f"{theirs}.q_proj.weight", "(h k) d -> d h k")]
-    return [
-        *rows,
-        weight(f"{ours}.mixer.query_down.kernel", f"{theirs}.q_a_proj.weight", "r d -> d r"),
-        weight(f"{ours}.mixer.query_norm.scale", f"{theirs}.q_a_layernorm.weight", "r -> r"),
-        weight(f"{ours}.mixer.query.kernel", f"{theirs}.q_b_proj.weight", "(h k) r -> r h k"),
-    ]
+    compressed_query = config.latent.query_rank is not None
+    return latent_rows(f"{ours}.mixer", f"{theirs}.attention", compressed_query, "dense")
 
 
 def _moe_rows(config: Config, ours: str, theirs: str) -> list[Weight]:

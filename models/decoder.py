@@ -5,7 +5,7 @@ every memory a place in the cache once, when it is built, so that routing is sta
 kind. Roles: `target` layers are the model itself, `draft` layers predict further tokens and have a map of their own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,8 +25,11 @@ class Mixer(Protocol):
 
     kind: str
     backend: str
-    memory: Memory
     place: Place
+
+    @property
+    def memory(self) -> Memory:
+        """What the layer remembers."""
 
     def __call__(
         self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
@@ -46,14 +49,32 @@ class Route:
     backend: str
 
 
+class ResidualLayer(Protocol):
+    """A layer of a decoder, whatever the shape of its residual."""
+
+    @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """What mixes tokens in this layer: none, one, or several side by side."""
+
+    def __call__(
+        self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
+    ) -> tuple[Float[Array, "T D"], Cache]:
+        """The residual stream after the layer, and the cache."""
+
+
 class Layer(nnx.Module):
     """`x + mixer(norm(x))`, then `x + feed_forward(norm(x))`."""
 
-    def __init__(self, mixer: nnx.Module, feed_forward: nnx.Module, norm: RMSNorm, feed_forward_norm: RMSNorm):
+    def __init__(self, mixer: Mixer, feed_forward: nnx.Module, norm: RMSNorm, feed_forward_norm: RMSNorm):
         self.norm = norm
         self.mixer = mixer
         self.feed_forward_norm = feed_forward_norm
         self.feed_forward = feed_forward
+
+    @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """The one mixer."""
+        return (self.mixer,)
 
     def __call__(self, x: Array, rotary: Rotary | None, cache: Cache, batch: RaggedBatch) -> tuple[Array, Cache]:
         mixed, cache = self.mixer(self.norm(x), rotary, cache, batch)
@@ -65,10 +86,12 @@ class Draft(nnx.Module):
     """A multi-token-prediction layer (DeepSeek-V3, arXiv 2412.19437, section 2.2).
 
     From the hidden state of token t (after the target's final norm) and the embedding of token t + 1 it makes a hidden
-    state from which the target's head predicts token t + 2. It works at position t and keeps keys and values of its own.
+    state from which the target's head predicts token t + 2. It works at position t, with keys and values of its own.
     """
 
-    def __init__(self, embedding_norm: RMSNorm, hidden_norm: RMSNorm, project: Linear, layer: Layer, norm: RMSNorm):
+    def __init__(
+        self, embedding_norm: RMSNorm, hidden_norm: RMSNorm, project: Linear, layer: ResidualLayer, norm: RMSNorm
+    ):
         self.embedding_norm = embedding_norm
         self.hidden_norm = hidden_norm
         self.project = project
@@ -84,12 +107,12 @@ class Draft(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A hybrid decoder. `frequencies` are the rotary frequencies of all its layers, None for a model without positions."""
+    """A hybrid decoder. `frequencies` are the rotary frequencies of all its layers, None for one without positions."""
 
     def __init__(
         self,
         embedding: Embedding,
-        layers: list[Layer],
+        layers: Sequence[ResidualLayer],
         norm: RMSNorm,
         head: Head | None,
         draft: Draft | None,
@@ -110,9 +133,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "T"], cache: Cache, batch: RaggedBatch) -> tuple[Float[Array, "T D"], Cache]:
         """Hidden states after the final norm, and the updated cache."""
-        x = None
-        for x, cache in self.layer_outputs(tokens, cache, batch):
-            pass
+        x, cache = list(self.layer_outputs(tokens, cache, batch))[-1]
         return self.norm(x), cache
 
     def layer_outputs(
@@ -146,8 +167,10 @@ class Decoder(nnx.Module):
         )
 
     def _mixers(self) -> list[tuple[str, int, Mixer]]:
-        found = [(TARGET, index, layer.mixer) for index, layer in enumerate(self.layers)]
-        return found if self.draft is None else [*found, (DRAFT, 0, self.draft.layer.mixer)]
+        found = [(TARGET, index, mixer) for index, layer in enumerate(self.layers) for mixer in layer.mixers]
+        if self.draft is not None:
+            found += [(DRAFT, 0, mixer) for mixer in self.draft.layer.mixers]
+        return found
 
     def _rotary(self, tokens: int, batch: RaggedBatch) -> Rotary | None:
         if self.frequencies is None:

@@ -5,6 +5,8 @@ dtype; norms and other small vectors stay float32. Inputs are packed tokens `[T,
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -62,13 +64,14 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """One row per token of the vocabulary."""
+    """One row per token of the vocabulary, times a constant `factor`."""
 
-    def __init__(self, rngs: nnx.Rngs, vocabulary: int, width: int, dtype: str):
+    def __init__(self, rngs: nnx.Rngs, vocabulary: int, width: int, dtype: str, factor: float = 1.0):
         self.table = matrix(rngs, (vocabulary, width), ("vocabulary", "model"), width, dtype)
+        self.factor = factor
 
     def __call__(self, tokens: Int[Array, "T"]) -> Float[Array, "T D"]:
-        return self.table[...][tokens]
+        return self.table[...][tokens] * self.factor
 
     def transposed(self, x: Float[Array, "B D"]) -> Float[Array, "B Y"]:
         """Scores of every token, float32: the head of a model that ties it to its embedding."""
@@ -85,18 +88,34 @@ class Head(nnx.Module):
         return jnp.einsum("bd,dy->by", x, self.kernel[...], preferred_element_type=jnp.float32)
 
 
-class MLP(nnx.Module):
-    """SwiGLU (arXiv 2002.05202): `(silu(x Wg) * (x Wu)) Wd`; gate and up lie in one kernel `[D, 2, F]`."""
-
-    def __init__(self, rngs: nnx.Rngs, width: int, inner: int, dtype: str):
-        self.gate_up = Linear(rngs, (width,), (2, inner), ("model", None, "mlp"), dtype)
-        self.down = Linear(rngs, (inner,), (width,), ("mlp", "model"), dtype)
-
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        return self.down(swiglu(self.gate_up(x)))
-
-
 def swiglu(gate_up: Float[Array, "T 2 F"]) -> Float[Array, "T F"]:
     """`silu(gate) * up`, computed in float32."""
     gate, up = gate_up[:, 0].astype(jnp.float32), gate_up[:, 1].astype(jnp.float32)
     return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
+
+
+@dataclass(frozen=True)
+class ClampedSwiGLU:
+    """`min(silu(gate), limit) * clip(up, -limit, limit)`, computed in float32; the gate is cut after its SiLU."""
+
+    limit: float
+
+    def __call__(self, gate_up: Float[Array, "T 2 F"]) -> Float[Array, "T F"]:
+        gate, up = gate_up[:, 0].astype(jnp.float32), gate_up[:, 1].astype(jnp.float32)
+        inner = jnp.minimum(jax.nn.silu(gate), self.limit) * jnp.clip(up, -self.limit, self.limit)
+        return inner.astype(gate_up.dtype)
+
+
+class MLP(nnx.Module):
+    """SwiGLU (arXiv 2002.05202): `(silu(x Wg) * (x Wu)) Wd`; gate and up lie in one kernel `[D, 2, F]`.
+
+    `activate` makes `[T, F]` of the products `[T, 2, F]`.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, width: int, inner: int, dtype: str, activate: Callable[[Array], Array] = swiglu):
+        self.gate_up = Linear(rngs, (width,), (2, inner), ("model", None, "mlp"), dtype)
+        self.down = Linear(rngs, (inner,), (width,), ("mlp", "model"), dtype)
+        self.activate = activate
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        return self.down(self.activate(self.gate_up(x)))

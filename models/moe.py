@@ -15,14 +15,15 @@ from jaxtyping import Array, Float, Int
 from models.layers import MLP, Axes, Tally, matrix, swiglu
 
 Choice = tuple[Int[Array, "T k"], Float[Array, "T k"]]
+Activation = Callable[[Array], Array]  # [n, parts, F] to [n, F]
 
 
 @dataclass(frozen=True)
 class GroupedSigmoid:
     """Sigmoid scores, experts in groups (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 
-    A bias helps to choose but is not part of the weights. A group scores the sum of its two best biased scores; only the
-    `kept_groups` best groups take part. `normalised`: weights are divided by their sum, then multiplied by `factor`.
+    A bias helps to choose but is not part of the weights. A group scores the sum of its two best biased scores; only
+    the `kept_groups` best groups take part. `normalised`: weights are divided by their sum, then times `factor`.
     """
 
     chosen: int
@@ -30,6 +31,14 @@ class GroupedSigmoid:
     kept_groups: int
     normalised: bool
     factor: float
+
+    def check(self, experts: int) -> None:
+        """Raises ValueError where so many experts do not fall into the groups, or the kept groups hold too few."""
+        if experts % self.groups:
+            raise ValueError(f"config.json: wanted experts in {self.groups} equal groups, got {experts} experts")
+        reachable = self.kept_groups * experts // self.groups
+        if self.kept_groups > self.groups or self.chosen > reachable:
+            raise ValueError(f"config.json: wanted {self.chosen} experts in {self.kept_groups} groups, got {reachable}")
 
     def __call__(self, logits: Float[Array, "T E"], bias: Float[Array, "E"]) -> Choice:
         """The experts of each token and their weights."""
@@ -72,7 +81,7 @@ class RouterScores(nnx.Module):
 class BiasedRouter(nnx.Module):
     """A router whose choice is helped by a bias per expert."""
 
-    def __init__(self, rngs: nnx.Rngs, width: int, experts: int, choose: GroupedSigmoid, dtype: str):
+    def __init__(self, rngs: nnx.Rngs, width: int, experts: int, choose: Callable[[Array, Array], Choice], dtype: str):
         self.scores = RouterScores(rngs, width, experts, dtype)
         self.bias = Tally(jnp.zeros((experts,), jnp.float32), axes=(None,))
         self.choose = choose
@@ -95,35 +104,40 @@ class PlainRouter(nnx.Module):
 class Experts(nnx.Module):
     """E SwiGLU MLPs of width F; gate and up lie in one kernel `[E, D, 2, F]`."""
 
-    def __init__(self, rngs: nnx.Rngs, experts: int, width: int, inner: int, dtype: str):
+    def __init__(self, rngs: nnx.Rngs, experts: int, width: int, inner: int, dtype: str, activate: Activation = swiglu):
         gate_up_axes: Axes = ("expert", "model", None, "expert_mlp")
         self.gate_up = matrix(rngs, (experts, width, 2, inner), gate_up_axes, width, dtype)
         self.down = matrix(rngs, (experts, inner, width), ("expert", "expert_mlp", "model"), inner, dtype)
+        self.activate = activate
 
     def __call__(self, x: Float[Array, "T D"], experts: Int[Array, "T k"], weights: Float[Array, "T k"]) -> Array:
         gate_up, down = self.gate_up[...], self.down[...]
         few = experts.size < gate_up.shape[0]  # gathering reads a kernel per choice, grouping reads every kernel
         compute = gathered_experts if few else grouped_experts
-        out = compute(x, experts, gate_up, down)
+        out = compute(x, experts, gate_up, down, self.activate)
         return jnp.einsum("tkd,tk->td", out.astype(jnp.float32), weights).astype(x.dtype)
 
 
-def gathered_experts(x: Array, experts: Int[Array, "T k"], gate_up: Array, down: Array) -> Float[Array, "T k D"]:
+def gathered_experts(
+    x: Array, experts: Int[Array, "T k"], gate_up: Array, down: Array, activate: Activation = swiglu
+) -> Float[Array, "T k D"]:
     """The outputs of each token's experts, reading one kernel per choice: for few tokens."""
     inner = jnp.einsum("td,tkdcf->tkcf", x, gate_up[experts])
     shape = inner.shape
-    inner = swiglu(inner.reshape(-1, *shape[2:])).reshape(*shape[:2], shape[3])
+    inner = activate(inner.reshape(-1, *shape[2:])).reshape(*shape[:2], shape[3])
     return jnp.einsum("tkf,tkfd->tkd", inner, down[experts])
 
 
-def grouped_experts(x: Array, experts: Int[Array, "T k"], gate_up: Array, down: Array) -> Float[Array, "T k D"]:
+def grouped_experts(
+    x: Array, experts: Int[Array, "T k"], gate_up: Array, down: Array, activate: Activation = swiglu
+) -> Float[Array, "T k D"]:
     """The outputs of each token's experts, with the tokens sorted by expert: for many tokens."""
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     sizes = jnp.bincount(flat, length=gate_up.shape[0]).astype(jnp.int32)
     rows = x[order // experts.shape[1]]
     inner = jax.lax.ragged_dot(rows, gate_up.reshape(*gate_up.shape[:2], -1), sizes)
-    inner = swiglu(inner.reshape(-1, *gate_up.shape[2:]))
+    inner = activate(inner.reshape(-1, *gate_up.shape[2:]))
     out = jax.lax.ragged_dot(inner, down, sizes)
     return jnp.zeros_like(out).at[order].set(out).reshape(*experts.shape, -1)
 
@@ -131,8 +145,8 @@ def grouped_experts(x: Array, experts: Int[Array, "T k"], gate_up: Array, down: 
 class SharedExpert(nnx.Module):
     """An MLP that every token takes, added as it is."""
 
-    def __init__(self, rngs: nnx.Rngs, width: int, inner: int, dtype: str):
-        self.mlp = MLP(rngs, width, inner, dtype)
+    def __init__(self, rngs: nnx.Rngs, width: int, inner: int, dtype: str, activate: Activation = swiglu):
+        self.mlp = MLP(rngs, width, inner, dtype, activate)
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         return self.mlp(x)
@@ -153,10 +167,23 @@ class GatedSharedExpert(nnx.Module):
 class MoE(nnx.Module):
     """Routed experts plus a shared one."""
 
-    def __init__(self, router: Callable[[Array], Choice], experts: Experts, shared: Callable[[Array], Array]):
+    def __init__(
+        self, router: Callable[[Array], Choice], experts: Callable[..., Array], shared: Callable[[Array], Array]
+    ):
         self.router = router
         self.experts = experts
         self.shared = shared
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         return self.experts(x, *self.router(x)) + self.shared(x)
+
+
+class RoutedExperts(nnx.Module):
+    """Routed experts without a shared one."""
+
+    def __init__(self, router: Callable[[Array], Choice], experts: Experts):
+        self.router = router
+        self.experts = experts
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        return self.experts(x, *self.router(x))

@@ -12,14 +12,15 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kernels_pallas.gdn import GDN, GDNWeights
+from kernels_pallas.gdn import GDN
 from kernels_pallas.gqa import GQA
-from kernels_pallas.op import ArraySpec, Cache, Place, RaggedBatch, StateSpec
+from kernels_pallas.op import Cache, Place, RaggedBatch
 from kernels_pallas.rotary import Rotary, frequencies
-from models.attention import GatedGroupedAttention, GroupedShape
+from models.attention import GatedGroupedAttention, GroupedShape, NormShape
 from models.decoder import Decoder, Draft, Layer
+from models.delta import DeltaCore, DeltaShape, read_delta
 from models.hf_fields import Fields
-from models.layers import MLP, Embedding, Head, Linear, RMSNorm, matrix, vector
+from models.layers import MLP, Embedding, Head, Linear, RMSNorm
 from models.moe import Experts, GatedSharedExpert, MoE, PlainRouter, SoftmaxTopK
 from models.weights import Weight, WeightTable, expert_rows, mlp_rows, weight
 
@@ -28,25 +29,10 @@ SPARSE = ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM")
 ARCHITECTURES = DENSE + SPARSE
 
 OUTER_FIELDS = (
-    "image_token_id video_token_id vision_start_token_id vision_end_token_id vision_config text_config language_model_only"
+    "image_token_id video_token_id vision_start_token_id vision_end_token_id vision_config text_config "
+    "language_model_only"
 ).split()
 LINEAR, FULL = "linear_attention", "full_attention"
-
-
-@dataclass(frozen=True)
-class DeltaShape:
-    """Widths of a gated delta rule: key heads, value heads, their widths, width of the convolution."""
-
-    key_heads: int
-    heads: int
-    key_width: int
-    value_width: int
-    convolution: int
-
-    @property
-    def channels(self) -> int:
-        """Channels of the convolution: all queries, all keys, all values."""
-        return 2 * self.key_heads * self.key_width + self.heads * self.value_width
 
 
 @dataclass(frozen=True)
@@ -61,14 +47,14 @@ class SparseShape:
 
 @dataclass(frozen=True)
 class Config:
-    """What the network computes, read from a published config. `dense_width` is None for a mixture of experts."""
+    """What the network computes, read from a published config. `sparse` is None for a dense model."""
 
     vocabulary: int
     width: int
     kinds: tuple[str, ...]
     attention: GroupedShape
     delta: DeltaShape
-    dense_width: int | None
+    dense_width: int
     sparse: SparseShape | None
     epsilon: float
     rope_theta: float
@@ -91,8 +77,8 @@ class Config:
             width=f.whole("hidden_size"),
             kinds=_read_kinds(f),
             attention=attention,
-            delta=_read_delta(f),
-            dense_width=None if sparse else f.whole("intermediate_size"),
+            delta=read_delta(f),
+            dense_width=0 if sparse else f.whole("intermediate_size"),
             sparse=_read_sparse(f) if sparse else None,
             epsilon=f.number("rms_norm_eps"),
             rope_theta=theta,
@@ -138,26 +124,13 @@ def _refuse_variants(f: Fields) -> None:
 def _read_kinds(f: Fields) -> tuple[str, ...]:
     layers, interval = f.whole("num_hidden_layers"), f.whole_or_none("full_attention_interval")
     listed = f.get("layer_types", None)
-    if listed is None and interval is None:
-        raise ValueError("config.json: wanted layer_types or full_attention_interval, got neither")
     if listed is None:
+        if interval is None:
+            raise ValueError("config.json: wanted layer_types or full_attention_interval, got neither")
         return tuple(FULL if (index + 1) % interval == 0 else LINEAR for index in range(layers))
     if not isinstance(listed, list) or len(listed) != layers or not set(listed) <= {LINEAR, FULL}:
         raise ValueError(f"config.json: wanted {layers} layer_types of {LINEAR} or {FULL}, got {listed!r}")
     return tuple(listed)
-
-
-def _read_delta(f: Fields) -> DeltaShape:
-    shape = DeltaShape(
-        f.whole("linear_num_key_heads"),
-        f.whole("linear_num_value_heads"),
-        f.whole("linear_key_head_dim"),
-        f.whole("linear_value_head_dim"),
-        f.whole("linear_conv_kernel_dim", least=2),
-    )
-    if shape.heads % shape.key_heads:
-        raise ValueError(f"config.json: wanted a multiple of {shape.key_heads} linear value heads, got {shape.heads}")
-    return shape
 
 
 def _read_sparse(f: Fields) -> SparseShape:
@@ -189,45 +162,20 @@ class DeltaAttention(nnx.Module):
     kind = GDN.name
 
     def __init__(self, rngs: nnx.Rngs, width: int, shape: DeltaShape, epsilon: float, dtype: str, backend: str):
-        heads, inner = shape.heads, shape.heads * shape.value_width
+        heads = shape.heads
         self.mixed = Linear(rngs, (width,), (shape.channels,), ("model", "delta_channels"), dtype)
         self.z = Linear(rngs, (width,), (heads, shape.value_width), ("model", "heads", None), dtype)
         self.b = Linear(rngs, (width,), (heads,), ("model", "heads"), dtype)
         self.a = Linear(rngs, (width,), (heads,), ("model", "heads"), dtype)
-        kernel = (shape.convolution, shape.channels)
-        self.convolution = matrix(rngs, kernel, (None, "delta_channels"), shape.convolution, "float32")
-        self.decay_log = vector(0.0, (heads,), ("heads",))
-        self.decay_bias = vector(1.0, (heads,), ("heads",))
-        self.output_norm = RMSNorm(shape.value_width, epsilon)
-        self.output = Linear(rngs, (inner,), (width,), ("heads", "model"), dtype)
-        self.key_heads = shape.key_heads
-        self.epsilon = epsilon
-        state = ArraySpec("state", (heads, shape.value_width, shape.key_width), "float32")
-        self.memory = StateSpec((state, ArraySpec("tail", (shape.convolution - 1, shape.channels), dtype)))
+        self.core = DeltaCore(rngs, width, shape, epsilon, dtype, backend)
+        self.memory = self.core.memory
         self.place = Place(0, 0)
         self.backend = backend
 
     def __call__(
         self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
     ) -> tuple[Float[Array, "T D"], Cache]:
-        weights = GDNWeights(
-            self.convolution[...], self.decay_log[...], self.decay_bias[...], self.output_norm.weight
-        )
-        state, tail = cache.slots(self.place)
-        out, state, tail = GDN.on(self.backend)(
-            self.mixed(x),
-            self.z(x),
-            self.b(x),
-            self.a(x),
-            weights,
-            state,
-            tail,
-            self.place.layer,
-            batch,
-            key_heads=self.key_heads,
-            epsilon=self.epsilon,
-        )
-        return self.output(out), cache.updated(self.place, (state, tail))
+        return self.core(self.mixed(x), self.z(x), self.b(x), self.a(x), self.place, cache, batch)
 
 
 class Model(Decoder):
@@ -268,9 +216,8 @@ class _Parts:
 
     def _attention(self) -> GatedGroupedAttention:
         config = self.config
-        return GatedGroupedAttention(
-            self.rngs, config.width, config.attention, config.epsilon, 1.0, self.dtype, self.gqa
-        )
+        norm, scale = NormShape(config.epsilon, offset=1.0), config.attention.width**-0.5
+        return GatedGroupedAttention(self.rngs, config.width, config.attention, norm, scale, self.dtype, self.gqa)
 
     def _delta(self) -> DeltaAttention:
         config = self.config
@@ -345,11 +292,11 @@ def _delta_rows(ours: str, theirs: str) -> list[Weight]:
         weight(f"{ours}.z.kernel", f"{theirs}.in_proj_z.weight", "(h v) d -> d h v"),
         weight(f"{ours}.b.kernel", f"{theirs}.in_proj_b.weight", "h d -> d h"),
         weight(f"{ours}.a.kernel", f"{theirs}.in_proj_a.weight", "h d -> d h"),
-        weight(f"{ours}.convolution", f"{theirs}.conv1d.weight", "c 1 w -> w c"),
-        weight(f"{ours}.decay_log", f"{theirs}.A_log", "h -> h"),
-        weight(f"{ours}.decay_bias", f"{theirs}.dt_bias", "h -> h"),
-        weight(f"{ours}.output_norm.scale", f"{theirs}.norm.weight", "v -> v"),
-        weight(f"{ours}.output.kernel", f"{theirs}.out_proj.weight", "d v -> v d"),
+        weight(f"{ours}.core.convolution", f"{theirs}.conv1d.weight", "c 1 w -> w c"),
+        weight(f"{ours}.core.decay_log", f"{theirs}.A_log", "h -> h"),
+        weight(f"{ours}.core.decay_bias", f"{theirs}.dt_bias", "h -> h"),
+        weight(f"{ours}.core.output_norm.scale", f"{theirs}.norm.weight", "v -> v"),
+        weight(f"{ours}.core.output.kernel", f"{theirs}.out_proj.weight", "d v -> v d"),
     ]
 
 

@@ -21,26 +21,33 @@ class Source:
 
     `names` in row-major order over `grid`; `()` means one name that is the whole tensor. The first `len(grid)` axes of
     the left side of `pattern` are the grid, the others the axes of each tensor.
+
+    Instead of being stacked, tensors may be joined along their first axis: `joined` are their usual lengths there. A
+    file may cut the whole elsewhere.
     """
 
     names: tuple[str, ...]
     pattern: str
     grid: tuple[int, ...] = ()
+    joined: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.names) != math.prod(self.grid):
-            raise ValueError(f"wanted {math.prod(self.grid)} names for grid {self.grid}, got {len(self.names)}")
+        wanted = len(self.joined) or math.prod(self.grid)
+        if len(self.names) != wanted or (self.joined and self.grid):
+            raise ValueError(f"wanted {wanted} names, stacked on {self.grid} or joined, got {len(self.names)}")
 
-    def tensor_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of each published tensor, for our parameter's shape."""
-        left, sizes = self._axes(shape)
-        return tuple(math.prod(sizes[axis] for axis in group) for group in left[len(self.grid) :])  # 1 for no letters
+    def tensor_shape(self, shape: Sequence[int], index: int = 0) -> tuple[int, ...]:
+        """The shape of the published tensor number `index` (without joining all have the same), for our parameter's."""
+        whole = self._whole_shape(shape)
+        return (self.joined[index], *whole[1:]) if self.joined else whole
 
     def assemble(self, tensors: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
         """Our parameter from the published tensors (in the order of `names`). A copy only where axes move or stack."""
         left, sizes = self._axes(shape)
-        wanted = self.tensor_shape(shape)
-        for name, tensor in zip(self.names, tensors, strict=True):
+        if self.joined:
+            tensors = [np.concatenate(tensors)]
+        wanted = self._whole_shape(shape)
+        for name, tensor in zip(self.names[: len(tensors)], tensors, strict=True):
             if tuple(tensor.shape) != wanted:
                 raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(tensor.shape)}: the config does not fit")
         whole = np.stack(tensors) if self.grid else tensors[0]
@@ -52,10 +59,19 @@ class Source:
         """The published tensors from our parameter, in the order of `names`: the inverse of `assemble`."""
         left, _ = self._axes(parameter.shape)
         right, flat = self._right(), [axis for group in left for axis in group]
-        wanted = self.tensor_shape(parameter.shape)
-        whole = parameter.transpose([right.index(axis) for axis in flat])
-        whole = np.ascontiguousarray(whole).reshape((len(self.names), *wanted))
-        return list(whole)
+        wanted = self._whole_shape(parameter.shape)
+        whole = np.ascontiguousarray(parameter.transpose([right.index(axis) for axis in flat]))
+        if self.joined:
+            return np.split(whole.reshape(wanted), np.cumsum(self.joined)[:-1])
+        return list(whole.reshape((len(self.names), *wanted)))
+
+    def _whole_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of each tensor, or of all tensors together where they are joined."""
+        left, sizes = self._axes(shape)
+        whole = tuple(math.prod(sizes[axis] for axis in group) for group in left[len(self.grid) :])  # 1 for no letters
+        if self.joined and whole[0] != sum(self.joined):
+            raise ValueError(f"wanted parts of {whole[0]}, got {self.joined} of {self.names}")
+        return whole
 
     def _right(self) -> list[str]:
         return self.pattern.split("->")[1].split()
@@ -72,7 +88,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter: its path in the model (`"layers.3.mixer.output.kernel"`) and its spellings, the usual one first."""
+    """One parameter: its path in the model (`"layers.3.mixer.output.kernel"`) and its spellings, the usual first."""
 
     path: str
     sources: tuple[Source, ...]
@@ -95,22 +111,45 @@ class WeightTable:
     canonical: Callable[[str], str | None]
 
 
-def mlp_rows(ours: str, theirs: str) -> list[Weight]:
-    """Rows of a SwiGLU MLP, published as three matrices."""
-    names = (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight")
+GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
+NUMBERED = ("w1", "w3", "w2")  # the same three matrices where a family numbers them
+
+
+def mlp_rows(ours: str, theirs: str, parts: tuple[str, str, str] = GATE_UP_DOWN) -> list[Weight]:
+    """Rows of a SwiGLU MLP, published as three matrices; `parts` names them in the order gate, up, down."""
+    gate, up, down = parts
+    names = (f"{theirs}.{gate}.weight", f"{theirs}.{up}.weight")
     return [
         Weight(f"{ours}.gate_up.kernel", (Source(names, "c f d -> d c f", (2,)),)),
-        weight(f"{ours}.down.kernel", f"{theirs}.down_proj.weight", "d f -> f d"),
+        weight(f"{ours}.down.kernel", f"{theirs}.{down}.weight", "d f -> f d"),
     ]
 
 
-def expert_rows(ours: str, theirs: str, experts: int) -> list[Weight]:
-    """Rows of E SwiGLU experts, published one by one or packed."""
-    gate_up = tuple(f"{theirs}.{e}.{part}_proj.weight" for e in range(experts) for part in ("gate", "up"))
-    down = tuple(f"{theirs}.{e}.down_proj.weight" for e in range(experts))
+def expert_rows(ours: str, theirs: str, experts: int, parts: tuple[str, str, str] = GATE_UP_DOWN) -> list[Weight]:
+    """Rows of E SwiGLU experts, published one by one (`parts` as in `mlp_rows`) or packed."""
+    gate_up = tuple(f"{theirs}.{e}.{part}.weight" for e in range(experts) for part in parts[:2])
+    down = tuple(f"{theirs}.{e}.{parts[2]}.weight" for e in range(experts))
     packed_gate_up = Source((f"{theirs}.gate_up_proj",), "e (c f) d -> e d c f")
     packed_down = Source((f"{theirs}.down_proj",), "e d f -> e f d")
     return [
         Weight(f"{ours}.gate_up", (Source(gate_up, "e c f d -> e d c f", (experts, 2)), packed_gate_up)),
         Weight(f"{ours}.down", (Source(down, "e d f -> e f d", (experts,)), packed_down)),
+    ]
+
+
+def latent_rows(ours: str, theirs: str, compressed_query: bool, output: str) -> list[Weight]:
+    """Rows of a latent attention without a gate; `output` is the published name of its last projection."""
+    rows = [
+        weight(f"{ours}.latent.kernel", f"{theirs}.kv_a_proj_with_mqa.weight", "z d -> d z"),
+        weight(f"{ours}.latent_norm.scale", f"{theirs}.kv_a_layernorm.weight", "z -> z"),
+        weight(f"{ours}.expansion.kernel", f"{theirs}.kv_b_proj.weight", "(h n) z -> z h n"),
+        weight(f"{ours}.output.kernel", f"{theirs}.{output}.weight", "d v -> v d"),
+    ]
+    if not compressed_query:
+        return [*rows, weight(f"{ours}.query.kernel", f"{theirs}.q_proj.weight", "(h k) d -> d h k")]
+    return [
+        *rows,
+        weight(f"{ours}.query_down.kernel", f"{theirs}.q_a_proj.weight", "r d -> d r"),
+        weight(f"{ours}.query_norm.scale", f"{theirs}.q_a_layernorm.weight", "r -> r"),
+        weight(f"{ours}.query.kernel", f"{theirs}.q_b_proj.weight", "(h k) r -> r h k"),
     ]

@@ -1,0 +1,102 @@
+"""The gated delta rule between the projections of a family: sizes, weights of the op, memory, output projection.
+
+Knows no family: how the channels and gates are projected is the family's business.
+"""
+
+from dataclasses import dataclass
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kernels_pallas.gdn import GDN, GDNWeights
+from kernels_pallas.op import ArraySpec, Cache, Memory, Place, RaggedBatch, StateSpec
+from models.hf_fields import Fields
+from models.layers import Linear, RMSNorm, matrix, vector
+
+
+@dataclass(frozen=True)
+class DeltaShape:
+    """Widths of a gated delta rule: key heads, value heads, their widths, width of the convolution."""
+
+    key_heads: int
+    heads: int
+    key_width: int
+    value_width: int
+    convolution: int
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: all queries, all keys, all values."""
+        return 2 * self.key_heads * self.key_width + self.heads * self.value_width
+
+
+def read_delta(f: Fields) -> DeltaShape:
+    """The sizes, from the fields that the Qwen families share."""
+    shape = DeltaShape(
+        f.whole("linear_num_key_heads"),
+        f.whole("linear_num_value_heads"),
+        f.whole("linear_key_head_dim"),
+        f.whole("linear_value_head_dim"),
+        f.whole("linear_conv_kernel_dim", least=2),
+    )
+    if shape.heads % shape.key_heads:
+        raise ValueError(f"config.json: wanted a multiple of {shape.key_heads} linear value heads, got {shape.heads}")
+    return shape
+
+
+class DeltaCore(nnx.Module):
+    """The gated delta rule between its input projections and the model: weights of the op, memory, output projection.
+
+    `epsilon` is that of the output norm; `beta_scale` multiplies the strength of the update.
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        width: int,
+        shape: DeltaShape,
+        epsilon: float,
+        dtype: str,
+        backend: str,
+        beta_scale: float = 1.0,
+    ):
+        heads, kernel = shape.heads, (shape.convolution, shape.channels)
+        self.convolution = matrix(rngs, kernel, (None, "delta_channels"), shape.convolution, "float32")
+        self.decay_log = vector(0.0, (heads,), ("heads",))
+        self.decay_bias = vector(1.0, (heads,), ("heads",))
+        self.output_norm = RMSNorm(shape.value_width, epsilon)
+        self.output = Linear(rngs, (heads * shape.value_width,), (width,), ("heads", "model"), dtype)
+        self.key_heads = shape.key_heads
+        self.epsilon = epsilon
+        self.beta_scale = beta_scale
+        state = ArraySpec("state", (heads, shape.value_width, shape.key_width), "float32")
+        self.memory: Memory = StateSpec((state, ArraySpec("tail", (shape.convolution - 1, shape.channels), dtype)))
+        self.backend = backend
+
+    def __call__(
+        self,
+        mixed: Float[Array, "T c"],
+        z: Float[Array, "T H V"],
+        b: Float[Array, "T H"],
+        a: Float[Array, "T H"],
+        place: Place,
+        cache: Cache,
+        batch: RaggedBatch,
+    ) -> tuple[Float[Array, "T D"], Cache]:
+        weights = GDNWeights(self.convolution[...], self.decay_log[...], self.decay_bias[...], self.output_norm.weight)
+        state, tail = cache.slots(place)
+        out, state, tail = GDN.on(self.backend)(
+            mixed,
+            z,
+            b,
+            a,
+            weights,
+            state,
+            tail,
+            place.layer,
+            batch,
+            key_heads=self.key_heads,
+            epsilon=self.epsilon,
+            beta_scale=self.beta_scale,
+        )
+        return self.output(out), cache.updated(place, (state, tail))

@@ -1,0 +1,94 @@
+"""The lightning mixer: lightning attention between its projections, for families that differ in a few settings.
+
+Knows no family: how fast each head decays, and in which layers, is the family's business.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kernels_pallas.lightning import LIGHTNING, LightningWeights
+from kernels_pallas.op import ArraySpec, Cache, Memory, Place, RaggedBatch, StateSpec
+from kernels_pallas.rotary import Rotary
+from models.layers import Linear, RMSNorm
+
+
+@dataclass(frozen=True)
+class LightningShape:
+    """Settings of a lightning attention.
+
+    heads, width: number and width of the heads. groups: parts of the output that are normed each on its own. epsilon:
+    of all its norms. scale: factor of the queries. silu: whether queries, keys and values pass SiLU. normed: whether
+    queries and keys have a norm per head. rotated: whether they are rotated.
+    """
+
+    heads: int
+    width: int
+    groups: int
+    epsilon: float
+    scale: float
+    silu: bool
+    normed: bool
+    rotated: bool
+
+
+class LightningAttention(nnx.Module):
+    """Lightning attention with an output norm and a sigmoid output gate. `slopes`: the decay rate of each head."""
+
+    kind = LIGHTNING.name
+
+    def __init__(
+        self, rngs: nnx.Rngs, width: int, shape: LightningShape, slopes: tuple[float, ...], dtype: str, backend: str
+    ):
+        inner = shape.heads * shape.width
+        outputs = (3, shape.heads, shape.width)
+        self.query_key_value = Linear(rngs, (width,), outputs, ("model", None, "heads", None), dtype)
+        self.gate = Linear(rngs, (width,), (inner,), ("model", "heads"), dtype)
+        self.output = Linear(rngs, (inner,), (width,), ("heads", "model"), dtype)
+        self.output_norm = RMSNorm(inner, shape.epsilon, axis="heads")
+        if shape.normed:
+            self.query_norm = RMSNorm(shape.width, shape.epsilon)
+            self.key_norm = RMSNorm(shape.width, shape.epsilon)
+        self.shape = shape
+        self.slopes = slopes
+        state = ArraySpec("state", (shape.heads, shape.width, shape.width), "float32")
+        self.memory: Memory = StateSpec((state,))
+        self.place = Place(0, 0)
+        self.backend = backend
+
+    def __call__(
+        self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
+    ) -> tuple[Float[Array, "T D"], Cache]:
+        shape = self.shape
+        weights = LightningWeights(
+            jnp.asarray(self.slopes, jnp.float32),
+            self.output_norm.weight,
+            self.query_norm.weight if shape.normed else None,
+            self.key_norm.weight if shape.normed else None,
+        )
+        (pool,) = cache.slots(self.place)
+        out, pool = LIGHTNING.on(self.backend)(
+            self.query_key_value(x),
+            self.gate(x),
+            weights,
+            rotary if shape.rotated else None,
+            pool,
+            self.place.layer,
+            batch,
+            scale=shape.scale,
+            groups=shape.groups,
+            epsilon=shape.epsilon,
+            silu=shape.silu,
+        )
+        return self.output(out), cache.updated(self.place, (pool,))
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """ALiBi slopes (arXiv 2108.12409), float64: `2^(-8 (i + 1) / n)`, interleaved where n is no power of two."""
+    power = 2 ** (heads.bit_length() - 1)
+    first = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
+    rest = 2.0 ** (-8.0 * np.arange(1, 2 * power + 1) / (2 * power))
+    return np.concatenate([first, rest[0::2][: heads - power]])

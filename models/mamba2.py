@@ -1,0 +1,175 @@
+"""The Mamba2 mixer with its projections, its sizes, and its rows in a weight table, for the families that have it."""
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kernels_pallas.mamba2 import MAMBA2, Mamba2Weights
+from kernels_pallas.op import ArraySpec, Cache, Memory, Place, RaggedBatch, StateSpec
+from kernels_pallas.rotary import Rotary
+from models.hf_fields import Fields
+from models.layers import Linear, RMSNorm, matrix, vector
+from models.weights import Weight, weight
+
+LARGEST = float(np.finfo(np.float32).max)
+# They shape random weights or choose among equal algorithms.
+MAMBA2_IGNORED = ("time_step_min", "time_step_max", "time_step_floor", "time_step_rank")
+
+
+@dataclass(frozen=True)
+class Mamba2Shape:
+    """Sizes of a Mamba2 layer: heads, head width, state width, groups (of B, C and the output norm), convolution width.
+
+    `step_limit`: smallest and largest step. `normed`: whether there is an output norm; `norm_first`: before the gate.
+    Raises ValueError where the heads do not fall into groups.
+    """
+
+    heads: int
+    width: int
+    state_width: int
+    groups: int
+    convolution: int
+    step_limit: tuple[float, float]
+    normed: bool = True
+    norm_first: bool = False
+
+    def __post_init__(self) -> None:
+        if self.heads % self.groups:
+            raise ValueError(f"config.json: wanted Mamba2 heads in {self.groups} equal groups, got {self.heads} heads")
+
+    @property
+    def inner(self) -> int:
+        """Channels of x, of the gate and of the output."""
+        return self.heads * self.width
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Channels of the input projection: gate, x, B, C, step."""
+        shared = self.groups * self.state_width
+        return self.inner, self.inner, shared, shared, self.heads
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: x, B, C."""
+        return sum(self.parts[1:4])
+
+
+def read_step_limit(f: Fields) -> tuple[float, float]:
+    """`time_step_limit`, unlimited where it is missing; what float32 cannot hold counts as infinite."""
+    limits = f.get("time_step_limit", None)
+    if limits is None:
+        return 0.0, math.inf
+    numbers = [float(n["__float__"]) if isinstance(n, dict) else n for n in limits] if isinstance(limits, list) else []
+    if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1]:
+        raise ValueError(
+            f"config.json: wanted time_step_limit to be [least, largest], got {limits!r}: correct the file"
+        )
+    return float(numbers[0]), math.inf if numbers[1] > LARGEST else float(numbers[1])
+
+
+def read_mamba2(f: Fields, inner: int, normed: bool, norm_first: bool) -> Mamba2Shape:
+    """The sizes from the fields `mamba_*`; `inner` channels fall into heads of `mamba_d_head`, which may be "auto"."""
+    heads, given = f.whole("mamba_n_heads"), f.get("mamba_d_head", "auto")
+    if inner % heads or given not in ("auto", inner // heads):
+        raise ValueError(f"config.json: wanted {inner} Mamba2 channels in {heads} heads, got mamba_d_head {given!r}")
+    return Mamba2Shape(
+        heads,
+        inner // heads,
+        f.whole("mamba_d_state"),
+        f.whole("mamba_n_groups"),
+        f.whole("mamba_d_conv", least=2),
+        read_step_limit(f),
+        normed,
+        norm_first,
+    )
+
+
+class Mamba2Mixer(nnx.Module):
+    """Mamba2: projections around the op.
+
+    `factors`: None, or the constants that scale the five parts of the input projection (gate, x, B, C, step).
+    """
+
+    kind = MAMBA2.name
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        width: int,
+        shape: Mamba2Shape,
+        epsilon: float,
+        dtype: str,
+        backend: str,
+        factors: tuple[float, ...] | None = None,
+    ):
+        self.input = Linear(rngs, (width,), (sum(shape.parts),), ("model", "mamba2_channels"), dtype)
+        kernel = (shape.convolution, shape.channels)
+        self.convolution = matrix(rngs, kernel, (None, "mamba2_channels"), shape.convolution, "float32")
+        self.convolution_bias = vector(0.0, (shape.channels,), ("mamba2_channels",))
+        self.decay_log = vector(0.0, (shape.heads,), ("heads",))
+        self.step_bias = vector(1.0, (shape.heads,), ("heads",))
+        self.skip = vector(1.0, (shape.heads,), ("heads",))
+        if shape.normed:
+            self.output_norm = RMSNorm(shape.inner, epsilon, axis="heads")
+        self.output = Linear(rngs, (shape.inner,), (width,), ("heads", "model"), dtype)
+        self.shape, self.epsilon, self.factors = shape, epsilon, factors
+        state = ArraySpec("state", (shape.heads, shape.width, shape.state_width), "float32")
+        self.memory: Memory = StateSpec((state, ArraySpec("tail", (shape.convolution - 1, shape.channels), dtype)))
+        self.place = Place(0, 0)
+        self.backend = backend
+
+    def __call__(
+        self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
+    ) -> tuple[Float[Array, "T D"], Cache]:
+        shape = self.shape
+        z, mixed, step = jnp.split(self._projected(x), [shape.inner, shape.inner + shape.channels], axis=1)
+        state, tail = cache.slots(self.place)
+        out, state, tail = MAMBA2.on(self.backend)(
+            z,
+            mixed,
+            step,
+            self._weights(),
+            state,
+            tail,
+            self.place.layer,
+            batch,
+            groups=shape.groups,
+            epsilon=self.epsilon,
+            norm_first=shape.norm_first,
+            step_limit=shape.step_limit,
+        )
+        return self.output(out), cache.updated(self.place, (state, tail))
+
+    def _projected(self, x: Float[Array, "T D"]) -> Float[Array, "T c"]:
+        projected = self.input(x)
+        if self.factors is None:
+            return projected
+        return projected * jnp.asarray(np.repeat(self.factors, self.shape.parts), projected.dtype)[None, :]
+
+    def _weights(self) -> Mamba2Weights:
+        return Mamba2Weights(
+            self.convolution[...],
+            self.convolution_bias[...],
+            self.decay_log[...],
+            self.step_bias[...],
+            self.skip[...],
+            self.output_norm.weight if self.shape.normed else None,
+        )
+
+
+def mamba2_rows(shape: Mamba2Shape, ours: str, theirs: str) -> list[Weight]:
+    """Rows of a Mamba2 mixer."""
+    rows = [
+        weight(f"{ours}.input.kernel", f"{theirs}.in_proj.weight", "c d -> d c"),
+        weight(f"{ours}.convolution", f"{theirs}.conv1d.weight", "c 1 w -> w c"),
+        weight(f"{ours}.convolution_bias", f"{theirs}.conv1d.bias", "c -> c"),
+        weight(f"{ours}.decay_log", f"{theirs}.A_log", "h -> h"),
+        weight(f"{ours}.step_bias", f"{theirs}.dt_bias", "h -> h"),
+        weight(f"{ours}.skip", f"{theirs}.D", "h -> h"),
+        weight(f"{ours}.output.kernel", f"{theirs}.out_proj.weight", "d v -> v d"),
+    ]
+    return [*rows, weight(f"{ours}.output_norm.scale", f"{theirs}.norm.weight", "v -> v")] if shape.normed else rows

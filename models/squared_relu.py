@@ -1,0 +1,71 @@
+"""MLPs and experts without a gate: squared ReLU between two products; and their rows in a weight table."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from models.layers import Linear, matrix
+from models.moe import gathered_experts, grouped_experts
+from models.weights import Source, Weight, weight
+
+
+def squared_relu(x: Float[Array, "*n F"]) -> Float[Array, "*n F"]:
+    """`max(x, 0)^2` (arXiv 2109.08668), computed in float32."""
+    return jnp.square(jax.nn.relu(x.astype(jnp.float32))).astype(x.dtype)
+
+
+class SquaredReLU(nnx.Module):
+    """An MLP without gate: `relu(x Wu)^2 Wd`."""
+
+    def __init__(self, rngs: nnx.Rngs, width: int, inner: int, dtype: str):
+        self.up = Linear(rngs, (width,), (inner,), ("model", "mlp"), dtype)
+        self.down = Linear(rngs, (inner,), (width,), ("mlp", "model"), dtype)
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        return self.down(squared_relu(self.up(x)))
+
+
+class SquaredReLUExperts(nnx.Module):
+    """E MLPs without gate, of width F."""
+
+    def __init__(self, rngs: nnx.Rngs, experts: int, width: int, inner: int, dtype: str):
+        self.up = matrix(rngs, (experts, width, inner), ("expert", "model", "expert_mlp"), width, dtype)
+        self.down = matrix(rngs, (experts, inner, width), ("expert", "expert_mlp", "model"), inner, dtype)
+
+    def __call__(self, x: Float[Array, "T D"], experts: Int[Array, "T k"], weights: Float[Array, "T k"]) -> Array:
+        up, down = self.up[...][:, :, None, :], self.down[...]
+        few = experts.size < up.shape[0]  # gathering reads a kernel per choice, grouping reads every kernel
+        compute = gathered_experts if few else grouped_experts
+        out = compute(x, experts, up, down, lambda inner: squared_relu(inner[:, 0]))
+        return jnp.einsum("tkd,tk->td", out.astype(jnp.float32), weights).astype(x.dtype)
+
+
+class LatentExperts(nnx.Module):
+    """Experts that work in a narrower space, between a projection into it and one out of it."""
+
+    def __init__(self, rngs: nnx.Rngs, experts: int, width: int, latent: int, inner: int, dtype: str):
+        self.into = Linear(rngs, (width,), (latent,), ("model", None), dtype)
+        self.experts = SquaredReLUExperts(rngs, experts, latent, inner, dtype)
+        self.out_of = Linear(rngs, (latent,), (width,), (None, "model"), dtype)
+
+    def __call__(self, x: Float[Array, "T D"], experts: Int[Array, "T k"], weights: Float[Array, "T k"]) -> Array:
+        return self.out_of(self.experts(self.into(x), experts, weights))
+
+
+def squared_relu_rows(ours: str, theirs: str) -> list[Weight]:
+    """Rows of an MLP without gate."""
+    return [
+        weight(f"{ours}.up.kernel", f"{theirs}.up_proj.weight", "f d -> d f"),
+        weight(f"{ours}.down.kernel", f"{theirs}.down_proj.weight", "d f -> f d"),
+    ]
+
+
+def squared_relu_expert_rows(experts: int, ours: str, theirs: str) -> list[Weight]:
+    """Rows of E experts without gate, published one by one or packed."""
+    rows = []
+    for part, pattern in (("up", "e f d -> e d f"), ("down", "e d f -> e f d")):
+        names = tuple(f"{theirs}.{e}.{part}_proj.weight" for e in range(experts))
+        packed = Source((f"{theirs}.{part}_proj",), pattern)
+        rows.append(Weight(f"{ours}.{part}", (Source(names, pattern, (experts,)), packed)))
+    return rows
