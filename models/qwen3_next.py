@@ -1,0 +1,288 @@
+"""Qwen3-Next: gated delta rule with gated attention, a mixture of experts in every layer.
+
+Same layers as Qwen3.5 but for the projections of the delta rule, which are packed per key head. Published checkpoints
+hold a draft layer (`mtp.*`) that their config does not announce: it is left out unless the config is given
+`"num_nextn_predict_layers": 1`. Definition: the `qwen3_next` classes of transformers; the draft layer follows the open
+serving engines, since those classes leave it out.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kernels_pallas.gdn import GDN
+from kernels_pallas.gqa import GQA
+from kernels_pallas.op import Cache, Place, RaggedBatch
+from kernels_pallas.rotary import Rotary, frequencies
+from models.attention import GatedGroupedAttention, GroupedShape, NormShape
+from models.decoder import Decoder, Draft, Layer, Mixer
+from models.delta import DeltaCore, DeltaShape, read_delta
+from models.hf_fields import Fields
+from models.layers import Embedding, Head, Linear, RMSNorm
+from models.moe import Experts, GatedSharedExpert, MoE, PlainRouter, SoftmaxTopK
+from models.qwen3_5 import FULL, LINEAR, SparseShape
+from models.weights import Weight, WeightTable, expert_rows, mlp_rows, weight
+
+ARCHITECTURES = ("Qwen3NextForCausalLM",)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the network computes, read from a published config."""
+
+    vocabulary: int
+    width: int
+    kinds: tuple[str, ...]
+    attention: GroupedShape
+    delta: DeltaShape
+    sparse: SparseShape
+    epsilon: float
+    rope_theta: float
+    rotary_width: int
+    tied: bool
+    draft: bool
+    max_positions: int
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any]) -> "Config":
+        """Read a config.json. Raises ValueError for a missing or unknown field, or a value that is not implemented."""
+        f = Fields(hf, "config.json of Qwen3NextForCausalLM")
+        _refuse_variants(f)
+        f.ignore(["intermediate_size"])  # of dense layers, which are refused
+        attention = _read_attention(f)
+        config = cls(
+            vocabulary=f.whole("vocab_size"),
+            width=f.whole("hidden_size"),
+            kinds=_read_kinds(f),
+            attention=attention,
+            delta=read_delta(f),
+            sparse=_read_sparse(f),
+            epsilon=f.number("rms_norm_eps"),
+            rope_theta=f.number("rope_theta"),
+            rotary_width=_read_rotary_width(f, attention.width),
+            tied=f.flag("tie_word_embeddings", False),
+            draft=f.whole("num_nextn_predict_layers", 0, least=0) == 1,
+            max_positions=f.whole("max_position_embeddings"),
+        )
+        f.done()
+        return config
+
+
+def _refuse_variants(f: Fields) -> None:
+    f.accept("hidden_act", "silu")
+    f.accept("attention_bias", False)
+    f.accept("mlp_only_layers", [])
+    f.accept("decoder_sparse_step", 1)
+    f.accept("norm_topk_prob", True)
+    f.accept("rope_scaling", None)
+    f.accept("use_sliding_window", False)
+    f.accept("sliding_window", None)
+    f.accept("num_nextn_predict_layers", 0, 1)
+
+
+def _read_kinds(f: Fields) -> tuple[str, ...]:
+    layers = f.whole("num_hidden_layers")
+    f.ignore(["full_attention_interval"])  # a list of the layers decides, where there is one
+    listed = f.get("layer_types", None)
+    if listed is None:
+        interval = f.whole("full_attention_interval")
+        return tuple(FULL if (index + 1) % interval == 0 else LINEAR for index in range(layers))
+    if not isinstance(listed, list) or len(listed) != layers or not set(listed) <= {LINEAR, FULL}:
+        raise ValueError(f"config.json: wanted {layers} layer_types of {LINEAR} or {FULL}, got {listed!r}")
+    return tuple(listed)
+
+
+def _read_attention(f: Fields) -> GroupedShape:
+    shape = GroupedShape(f.whole("num_attention_heads"), f.whole("num_key_value_heads"), f.whole("head_dim"))
+    if shape.heads % shape.key_heads:
+        raise ValueError(f"config.json: wanted a multiple of {shape.key_heads} attention heads, got {shape.heads}")
+    return shape
+
+
+def _read_sparse(f: Fields) -> SparseShape:
+    shape = SparseShape(
+        f.whole("num_experts"),
+        f.whole("num_experts_per_tok"),
+        f.whole("moe_intermediate_size"),
+        f.whole("shared_expert_intermediate_size"),
+    )
+    if shape.chosen > shape.experts:
+        raise ValueError(f"config.json: wanted at most {shape.experts} experts a token, got {shape.chosen}")
+    return shape
+
+
+def _read_rotary_width(f: Fields, head_width: int) -> int:
+    rotated = head_width * f.number("partial_rotary_factor")
+    if rotated != int(rotated) or int(rotated) % 2 or rotated > head_width:
+        raise ValueError(f"config.json: wanted an even number of rotated channels, got {rotated} of {head_width}")
+    return int(rotated)
+
+
+class PackedDeltaAttention(nnx.Module):
+    """Gated delta rule whose projections are packed per key head: `[q | k | v.. | z..]` and `[b.. | a..]`.
+
+    The dots stand for the value heads that read the key head. The kernels keep the packed order, so that each is one
+    published tensor; the activations are rearranged.
+    """
+
+    kind = GDN.name
+
+    def __init__(self, rngs: nnx.Rngs, width: int, shape: DeltaShape, epsilon: float, dtype: str, backend: str):
+        each = shape.heads // shape.key_heads
+        packed = 2 * (shape.key_width + each * shape.value_width)
+        self.query_key_value_z = Linear(rngs, (width,), (shape.key_heads, packed), ("model", "heads", None), dtype)
+        self.b_a = Linear(rngs, (width,), (shape.key_heads, 2, each), ("model", "heads", None, None), dtype)
+        self.core = DeltaCore(rngs, width, shape, epsilon, dtype, backend)
+        self.shape = shape
+        self.memory = self.core.memory
+        self.place = Place(0, 0)
+        self.backend = backend
+
+    def __call__(
+        self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
+    ) -> tuple[Float[Array, "T D"], Cache]:
+        shape, tokens = self.shape, x.shape[0]
+        values = shape.heads // shape.key_heads * shape.value_width
+        ends = [shape.key_width, 2 * shape.key_width, 2 * shape.key_width + values]
+        q, k, v, z = jnp.split(self.query_key_value_z(x), ends, axis=2)
+        mixed = jnp.concatenate([part.reshape(tokens, -1) for part in (q, k, v)], axis=1)
+        z = z.reshape(tokens, shape.heads, shape.value_width)
+        b_a = self.b_a(x)
+        b, a = b_a[:, :, 0].reshape(tokens, -1), b_a[:, :, 1].reshape(tokens, -1)
+        return self.core(mixed, z, b, a, self.place, cache, batch)
+
+
+class Model(Decoder):
+    """The decoder of this family."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs, dtype: str = "bfloat16", backend: str = "auto"):
+        parts = _Parts(config, rngs, dtype, backend)
+        super().__init__(
+            Embedding(rngs, config.vocabulary, config.width, dtype),
+            [parts.layer(kind) for kind in config.kinds],
+            parts.norm(),
+            None if config.tied else Head(rngs, config.vocabulary, config.width, dtype),
+            parts.draft() if config.draft else None,
+            tuple(frequencies(config.rotary_width, config.rope_theta).tolist()),
+        )
+
+
+class _Parts:
+    """Builds the parts of one model."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs, dtype: str, backend: str):
+        self.config, self.rngs, self.dtype = config, rngs, dtype
+        platform = jax.default_backend()
+        self.gdn = GDN.choose(backend, platform)
+        self.gqa = GQA.choose(backend, platform)
+
+    def norm(self) -> RMSNorm:
+        return RMSNorm(self.config.width, self.config.epsilon, offset=1.0)
+
+    def layer(self, kind: str) -> Layer:
+        mixer: Mixer = self._attention() if kind == FULL else self._delta()
+        return Layer(mixer, self._moe(), self.norm(), self.norm())
+
+    def draft(self) -> Draft:
+        width = self.config.width
+        project = Linear(self.rngs, (2 * width,), (width,), (None, "model"), self.dtype)
+        return Draft(self.norm(), self.norm(), project, self.layer(FULL), self.norm())
+
+    def _attention(self) -> GatedGroupedAttention:
+        config = self.config
+        norm, scale = NormShape(config.epsilon, offset=1.0), config.attention.width**-0.5
+        return GatedGroupedAttention(self.rngs, config.width, config.attention, norm, scale, self.dtype, self.gqa)
+
+    def _delta(self) -> PackedDeltaAttention:
+        config = self.config
+        return PackedDeltaAttention(self.rngs, config.width, config.delta, config.epsilon, self.dtype, self.gdn)
+
+    def _moe(self) -> MoE:
+        width, rngs, dtype, sparse = self.config.width, self.rngs, self.dtype, self.config.sparse
+        router = PlainRouter(rngs, width, sparse.experts, SoftmaxTopK(sparse.chosen), dtype)
+        experts = Experts(rngs, sparse.experts, width, sparse.width, dtype)
+        return MoE(router, experts, GatedSharedExpert(rngs, width, sparse.shared_width, dtype))
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+def weight_table(config: Config) -> WeightTable:
+    """Our parameters and the published tensors."""
+    rows = [
+        weight("embedding.table", "model.embed_tokens.weight", "y d -> y d"),
+        weight("norm.scale", "model.norm.weight", "d -> d"),
+    ]
+    if not config.tied:
+        rows.append(weight("head.kernel", "lm_head.weight", "y d -> d y"))
+    for index, kind in enumerate(config.kinds):
+        rows += _layer_rows(config, kind, f"layers.{index}", f"model.layers.{index}")
+    if config.draft:
+        rows += _draft_rows(config)
+    return WeightTable(tuple(rows), _own_name if config.draft else _without_draft)
+
+
+def _own_name(name: str) -> str | None:
+    return name
+
+
+def _without_draft(name: str) -> str | None:
+    return None if name.startswith("mtp.") else name
+
+
+def _layer_rows(config: Config, kind: str, ours: str, theirs: str) -> list[Weight]:
+    mixer = _attention_rows if kind == FULL else _delta_rows
+    return [
+        weight(f"{ours}.norm.scale", f"{theirs}.input_layernorm.weight", "d -> d"),
+        weight(f"{ours}.feed_forward_norm.scale", f"{theirs}.post_attention_layernorm.weight", "d -> d"),
+        *mixer(f"{ours}.mixer", theirs),
+        *_moe_rows(config.sparse, f"{ours}.feed_forward", f"{theirs}.mlp"),
+    ]
+
+
+def _attention_rows(ours: str, theirs: str) -> list[Weight]:
+    theirs = f"{theirs}.self_attn"
+    return [
+        weight(f"{ours}.query_gate.kernel", f"{theirs}.q_proj.weight", "(h c k) d -> d h c k"),
+        weight(f"{ours}.key.kernel", f"{theirs}.k_proj.weight", "(g k) d -> d g k"),
+        weight(f"{ours}.value.kernel", f"{theirs}.v_proj.weight", "(g k) d -> d g k"),
+        weight(f"{ours}.query_norm.scale", f"{theirs}.q_norm.weight", "k -> k"),
+        weight(f"{ours}.key_norm.scale", f"{theirs}.k_norm.weight", "k -> k"),
+        weight(f"{ours}.output.kernel", f"{theirs}.o_proj.weight", "d v -> v d"),
+    ]
+
+
+def _delta_rows(ours: str, theirs: str) -> list[Weight]:
+    theirs = f"{theirs}.linear_attn"
+    return [
+        weight(f"{ours}.query_key_value_z.kernel", f"{theirs}.in_proj_qkvz.weight", "(g p) d -> d g p"),
+        weight(f"{ours}.b_a.kernel", f"{theirs}.in_proj_ba.weight", "(g c r) d -> d g c r"),
+        weight(f"{ours}.core.convolution", f"{theirs}.conv1d.weight", "c 1 w -> w c"),
+        weight(f"{ours}.core.decay_log", f"{theirs}.A_log", "h -> h"),
+        weight(f"{ours}.core.decay_bias", f"{theirs}.dt_bias", "h -> h"),
+        weight(f"{ours}.core.output_norm.scale", f"{theirs}.norm.weight", "v -> v"),
+        weight(f"{ours}.core.output.kernel", f"{theirs}.out_proj.weight", "d v -> v d"),
+    ]
+
+
+def _moe_rows(sparse: SparseShape, ours: str, theirs: str) -> list[Weight]:
+    return [
+        weight(f"{ours}.router.scores.kernel", f"{theirs}.gate.weight", "e d -> d e"),
+        *expert_rows(f"{ours}.experts", f"{theirs}.experts", sparse.experts),
+        *mlp_rows(f"{ours}.shared.mlp", f"{theirs}.shared_expert"),
+        weight(f"{ours}.shared.gate", f"{theirs}.shared_expert_gate.weight", "1 d -> d"),
+    ]
+
+
+def _draft_rows(config: Config) -> list[Weight]:
+    return [
+        weight("draft.embedding_norm.scale", "mtp.pre_fc_norm_embedding.weight", "d -> d"),
+        weight("draft.hidden_norm.scale", "mtp.pre_fc_norm_hidden.weight", "d -> d"),
+        weight("draft.project.kernel", "mtp.fc.weight", "d i -> i d"),
+        weight("draft.norm.scale", "mtp.norm.weight", "d -> d"),
+        *_layer_rows(config, FULL, "draft.layer", "mtp.layers.0"),
+    ]
