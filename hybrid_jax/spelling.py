@@ -1,0 +1,180 @@
+"""Which published tensors make up which parameter of a checkpoint, and how they are put together.
+
+A family's weight table lists the spellings in which a parameter may be published. Here the names found in a checkpoint
+are matched with it: every parameter in exactly one spelling, every tensor accounted for. An int8 weight in the format
+int-quantized of compressed-tensors brings a second tensor with one scale per row. Reads no files.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_jax.hf_directory import raise_problems
+from hybrid_jax.orbax_tree import Leaf
+from models.weights import Source, Weight, WeightTable
+
+SCALE = "_scale"  # behind the name of an int8 weight: its scales
+FLOATS = tuple(np.dtype(dtype) for dtype in (jnp.bfloat16, jnp.float16, jnp.float32))
+INT8 = np.dtype(np.int8)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One parameter, the spelling that a checkpoint has of it, and the names of its tensors as they stand in files."""
+
+    weight: Weight
+    source: Source
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every tensor of a checkpoint accounted for.
+
+    `scales` maps int8 weights to their scales; `left_out` are tensors that the family does not use.
+    """
+
+    found: tuple[Found, ...]
+    scales: Mapping[str, str]
+    left_out: tuple[str, ...]
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Tensors that are part of the checkpoint but of no parameter."""
+        return (*self.scales.values(), *self.left_out)
+
+
+# ------------------------------------------------------------------------------------------------------------- matching
+
+
+def match(table: WeightTable, names: Iterable[str]) -> Plan:
+    """Find every parameter among the names of a checkpoint's tensors. Raises ValueError, naming the first problems."""
+    plan, problems = find_spellings(table, names)
+    raise_problems("the checkpoint does not fit its config", problems)
+    return plan
+
+
+def find_spellings(table: WeightTable, names: Iterable[str]) -> tuple[Plan, list[str]]:
+    """As `match`, but gathers what is wrong: missing, unexpected and doubly published tensors."""
+    problems: list[str] = []
+    by_canonical, left_out = _canonical_names(table, names, problems)
+    found = tuple(_find_spelling(weight, by_canonical, problems) for weight in table.weights)
+    used = {name for one in found for name in one.names}
+    scales: dict[str, str] = {}
+    for canonical, name in by_canonical.items():
+        weight_name = by_canonical.get(canonical.removesuffix(SCALE), "")
+        if name in used:
+            continue
+        if canonical.endswith(SCALE) and weight_name in used:
+            scales[weight_name] = name
+        else:
+            problems.append(f"tensor {name}: unexpected, the config implies no such weight")
+    return Plan(found, scales, tuple(left_out)), problems
+
+
+def _canonical_names(table: WeightTable, names: Iterable[str], problems: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The names as found by the names of the table, and the names of tensors that the family does not use."""
+    by_canonical: dict[str, str] = {}
+    left_out: list[str] = []
+    for name in names:
+        canonical = table.canonical(name)
+        if canonical is None:
+            left_out.append(name)
+        elif canonical in by_canonical:
+            problems.append(f"tensors {by_canonical[canonical]} and {name}: both are {canonical}")
+        else:
+            by_canonical[canonical] = name
+    return by_canonical, left_out
+
+
+def _find_spelling(weight: Weight, by_canonical: Mapping[str, str], problems: list[str]) -> Found:
+    """The one complete spelling of a parameter; otherwise the most complete one, and a problem for every gap."""
+    missing = [[name for name in source.names if name not in by_canonical] for source in weight.sources]
+    complete = [source for source, gaps in zip(weight.sources, missing, strict=True) if not gaps]
+    if len(complete) > 1:
+        problems.append(f"tensors {complete[0].names[0]} and {complete[1].names[0]}: two spellings of {weight.path}")
+    shares = [len(gaps) / len(source.names) for source, gaps in zip(weight.sources, missing, strict=True)]
+    best = shares.index(min(shares))
+    source = weight.sources[best]
+    problems += [f"tensor {name}: missing, it is part of {weight.path}" for name in missing[best]]
+    return Found(weight, source, tuple(by_canonical[name] for name in source.names if name in by_canonical))
+
+
+def cut_as_stored(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
+    """The plan with joined tensors cut where a checkpoint, which stores tensors of these shapes, cuts them."""
+    return replace(plan, found=tuple(_cut_as_stored(found, shapes) for found in plan.found))
+
+
+def _cut_as_stored(found: Found, shapes: Mapping[str, tuple[int, ...]]) -> Found:
+    usual = found.source.joined
+    lengths = tuple(shapes[name][0] for name in found.names if shapes[name])
+    if not usual or len(lengths) != len(usual) or sum(lengths) != sum(usual):
+        return found
+    return replace(found, source=replace(found.source, joined=lengths))
+
+
+def entry_problems(plan: Plan, entries: Mapping[str, Leaf], leaves: Mapping[str, Leaf]) -> list[str]:
+    """Tensors whose stored shape is not what the config implies, or whose stored dtype cannot be loaded."""
+    problems = []
+    for found in plan.found:
+        if len(found.names) < len(found.source.joined):
+            continue  # where the others were cut is unknown, and a missing tensor is a problem already
+        for index, name in enumerate(found.names):
+            wanted = found.source.tensor_shape(leaves[found.weight.path].shape, index)
+            entry, scale = entries[name], plan.scales.get(name)
+            if entry.shape != wanted:
+                problems.append(f"tensor {name}: wanted shape {wanted}, got {entry.shape}")
+            if entry.dtype not in ((INT8,) if scale else FLOATS):
+                kind = "int8, since it has scales" if scale else "bfloat16, float16, float32, or int8 with scales"
+                problems.append(f"tensor {name}: wanted {kind}, got {entry.dtype}")
+            if scale and entries[scale].shape not in (wanted[:-1], (*wanted[:-1], 1)):
+                problems.append(f"tensor {scale}: wanted one scale per row of {wanted}, got {entries[scale].shape}")
+    return problems
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
+
+
+def fill(parameter: np.ndarray, source: Source, tensors: Iterable[np.ndarray]) -> None:
+    """Store published tensors, in the order of `source.names`, into a parameter, converting to its dtype.
+
+    As `source.assemble`, but without a second copy of all tensors.
+    """
+    for index, tensor in zip(range(len(source.names)), tensors, strict=True):
+        view, each = _part(parameter, source, index)
+        view[...] = each.assemble([tensor], view.shape)
+
+
+def pick(parameter: np.ndarray, source: Source, index: int) -> np.ndarray:
+    """The published tensor number `index` of a parameter: the inverse of `fill`, copying that tensor alone."""
+    view, each = _part(parameter, source, index)
+    return each.split(view)[0]
+
+
+def _part(parameter: np.ndarray, source: Source, index: int) -> tuple[np.ndarray, Source]:
+    """A view of the part of a parameter that one tensor is, and the spelling of that part."""
+    return (_joined if source.joined else _stacked)(parameter, source, index)
+
+
+def _joined(parameter: np.ndarray, source: Source, index: int) -> tuple[np.ndarray, Source]:
+    left, right = (side.split() for side in source.pattern.split("->"))
+    start, axis = sum(source.joined[:index]), right.index(left[0])
+    view = np.moveaxis(np.moveaxis(parameter, axis, 0)[start : start + source.joined[index]], 0, axis)
+    return view, Source(("",), source.pattern)
+
+
+def _stacked(parameter: np.ndarray, source: Source, index: int) -> tuple[np.ndarray, Source]:
+    left, right = (side.split() for side in source.pattern.split("->"))
+    grid, rest = left[: len(source.grid)], left[len(source.grid) :]
+    axes = [right.index(letter) for letter in grid]
+    each = Source(("",), f"{' '.join(rest)} -> {' '.join(letter for letter in right if letter not in grid)}")
+    place: tuple[Any, ...] = np.unravel_index(index, source.grid) if source.grid else ()
+    return np.moveaxis(parameter, axes, range(len(axes)))[(*place, ...)], each
+
+
+def dequantize(tensor: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """float32 weights from int8 weights `[..., out, in]` and one scale per row, `[..., out]` or `[..., out, 1]`."""
+    return tensor.astype(np.float32) * scale.astype(np.float32).reshape(*tensor.shape[:-1], 1)
