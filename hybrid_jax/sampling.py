@@ -1,0 +1,338 @@
+"""Chooses the next token of every row on the device, and says which rows are done.
+
+The order of operations on the float32 logits of a row: stop ids are masked while `min_tokens` is not reached; a
+temperature under `GREEDY_BELOW` takes the most likely token (lowest id on ties); otherwise divide by the temperature,
+keep exactly `top_k` tokens (ties by lower id), of those the fewest that reach `top_p` of their probability, of those
+the ones at least `min_p` times as likely as the most likely, and draw from what is left.
+
+**Exact and independent of the batch.** A probability is proportional to `exp((logit - max) / temperature)`, held as a
+fixed-point number of 39 bits. Sums of such integers are the same in any order, so the set of tokens kept and the token
+drawn depend on the row alone, bit for bit: not on its neighbours, its place in the batch, the size of the batch, nor on
+how a device splits a sum. The random bits depend on (seed, choice, index of the generated token) only, so a preempted
+and resumed request draws what it would have drawn.
+
+**No sort.** Top-k, top-p and the draw are the same question: *the shortest prefix of an order whose measure reaches a
+target*. `_threshold` answers it by fixing the bits of the prefix's last key from the highest down, one masked sum each.
+
+Knows nothing of models, caches or text. Letters: B rows, Y vocabulary, I stop ids, R blocks of Q tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from hybrid_jax.request import ERROR, GREEDY_BELOW, LENGTH, MAX_STOP_TOKEN_IDS, RUNNING, STOP, Request
+
+NO_TOKEN = -1  # `sample` for a row with nothing to draw from; pads `stop_ids`
+DIGIT_BITS = 13  # of a fixed-point number: 2**19 weights of 2**13 still add up within 32 bits
+DIGIT_MASK = 2**DIGIT_BITS - 1
+MAX_VOCABULARY = 2**19 - 1
+BLOCK = 512  # tokens summed up together by a draw: about the square root of a vocabulary
+
+AnyArray = Array | np.ndarray  # NumPy until the step takes it
+Amount = tuple[Array, Array]  # [B] uint32 each: units of 2**-13, and of 2**-39 below them (26 bits)
+Measure = Callable[[Array], Amount]  # of a set of tokens per row: [B, Y] bool -> [B]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplingRows:
+    """What the rows of a step ask of sampling. Made by `pack` from NumPy arrays; goes into the compiled step.
+
+    A padding row has temperature 0 and a `token_limit` of 0: it takes some token and is done.
+    """
+
+    temperature: Float[AnyArray, "B"]
+    top_k: Int[AnyArray, "B"]  # 0 is off
+    top_p: Float[AnyArray, "B"]
+    min_p: Float[AnyArray, "B"]
+    seed: UInt32[AnyArray, "B 2"]  # high word, low word
+    choice: Int[AnyArray, "B"]
+    sampled: Int[AnyArray, "B"]  # tokens drawn so far, which is the index of the next one
+    min_tokens: Int[AnyArray, "B"]
+    token_limit: Int[AnyArray, "B"]
+    stop_ids: Int[AnyArray, "B I"]  # padded with -1; compared with tokens, never an index
+
+    def advanced(self) -> "SamplingRows":
+        """The rows after one more token each, for a loop on the device."""
+        return replace(self, sampled=self.sampled + 1)
+
+
+# ---------------------------------------------------------------------------------------------------------- on the host
+
+
+def pack(
+    requests: Sequence[Request], sampled: Sequence[int], padded_rows: int, eos_token_ids: Sequence[int]
+) -> SamplingRows:
+    """One row per request, then padding, as NumPy arrays. `sampled[i]` counts the tokens that request i already has.
+
+    The width of `stop_ids` depends on the number of `eos_token_ids` alone, so a server compiles one shape.
+    Raises ValueError for more requests than rows, or `sampled` of another length.
+    """
+    if len(requests) > padded_rows or len(sampled) != len(requests):
+        raise ValueError(
+            f"wanted up to {padded_rows} requests with a count of sampled tokens each, got {len(requests)} requests"
+            f" and {len(sampled)} counts: raise padded_rows or pass both for the same requests"
+        )
+    params = [request.params for request in requests]
+
+    def column(values: Sequence[object], padding: object, dtype: type) -> np.ndarray:
+        return np.array([*values, *[padding] * (padded_rows - len(values))], dtype)
+
+    return SamplingRows(
+        temperature=column([p.temperature for p in params], 0.0, np.float32),
+        top_k=column([p.top_k for p in params], 0, np.int32),
+        top_p=column([p.top_p for p in params], 1.0, np.float32),
+        min_p=column([p.min_p for p in params], 0.0, np.float32),
+        seed=column([_seed_words(r.seed) for r in requests], (0, 0), np.uint32).reshape(padded_rows, 2),
+        choice=column([r.choice for r in requests], 0, np.int32),
+        sampled=column(sampled, 0, np.int32),
+        min_tokens=column([p.min_tokens for p in params], 0, np.int32),
+        token_limit=column([r.token_limit for r in requests], 0, np.int32),
+        stop_ids=_stop_ids(requests, padded_rows, eos_token_ids),
+    )
+
+
+def _seed_words(seed: int) -> tuple[int, int]:
+    return seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF
+
+
+def _stop_ids(requests: Sequence[Request], padded_rows: int, eos_token_ids: Sequence[int]) -> np.ndarray:
+    stop_ids = np.full((padded_rows, MAX_STOP_TOKEN_IDS + len(eos_token_ids)), NO_TOKEN, np.int32)
+    for row, request in enumerate(requests):
+        params = request.params
+        ids = [*params.stop_token_ids, *([] if params.ignore_eos else eos_token_ids)]
+        stop_ids[row, : len(ids)] = ids
+    return stop_ids
+
+
+# -------------------------------------------------------------------------------------------------------- on the device
+
+
+def sample(logits: Float[Array, "B Y"], rows: SamplingRows) -> Int[Array, "B"]:
+    """The next token of each row, int32. The padded tail of the vocabulary must be -inf.
+
+    `NO_TOKEN` for a row with nothing to draw from: a NaN or +inf among its logits, or every token masked. Such a row is
+    done with `ERROR` (`finished`); it is no index, so clamp it before it goes into the next step.
+    Raises ValueError for a vocabulary of 2**19 tokens or more.
+    """
+    _check_vocabulary(logits)
+    logits = _mask_early_stops(logits.astype(jnp.float32), rows)
+    likeliest_B = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    drawn_B = jax.lax.cond(jnp.any(rows.temperature >= GREEDY_BELOW), _draw, lambda *_: likeliest_B, logits, rows)
+    token_B = jnp.where(rows.temperature < GREEDY_BELOW, likeliest_B, drawn_B)
+    return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), token_B, NO_TOKEN)
+
+
+def finished(tokens: Int[Array, "B"], rows: SamplingRows) -> tuple[Bool[Array, "B"], Int[Array, "B"]]:
+    """Whether each row is done with the token just drawn, and why: RUNNING, STOP, LENGTH or ERROR (int32).
+
+    `rows` are those that the tokens were drawn with. A stop id goes before the limit of tokens: on the last token
+    allowed it gives STOP.
+    """
+    generated_B = rows.sampled + 1
+    stops_B = jnp.any(tokens[:, None] == rows.stop_ids, axis=-1) & (generated_B >= rows.min_tokens)
+    reason_B = jnp.where(generated_B >= rows.token_limit, LENGTH, RUNNING)
+    reason_B = jnp.where(stops_B, STOP, reason_B)
+    reason_B = jnp.where(tokens == NO_TOKEN, ERROR, reason_B).astype(jnp.int32)
+    return reason_B != RUNNING, reason_B
+
+
+def support(logits: Float[Array, "B Y"], rows: SamplingRows) -> Bool[Array, "B Y"]:
+    """The tokens that a draw may give: what masks, top-k, top-p and min-p leave. A greedy row counts as temperature 1.
+
+    Raises ValueError for a vocabulary of 2**19 tokens or more.
+    """
+    _check_vocabulary(logits)
+    logits = _mask_early_stops(logits.astype(jnp.float32), rows)
+    return _kept(logits, _weights(logits, rows), rows)
+
+
+def _check_vocabulary(logits: Float[Array, "B Y"]) -> None:
+    if logits.shape[-1] > MAX_VOCABULARY:
+        raise ValueError(
+            f"wanted at most {MAX_VOCABULARY} tokens, got {logits.shape[-1]}: sums of more weights overflow 32 bits,"
+            " lower DIGIT_BITS"
+        )
+
+
+def _mask_early_stops(logits_BY: Array, rows: SamplingRows) -> Array:
+    """-inf at the stop ids of rows that have not reached `min_tokens`."""
+    short_B1 = (rows.sampled < rows.min_tokens)[:, None]
+
+    def mask(logits_BY: Array) -> Array:
+        id_1Y = jax.lax.broadcasted_iota(jnp.int32, (1, logits_BY.shape[-1]), 1)
+        stops_BY = jnp.any(id_1Y[:, None] == rows.stop_ids[:, :, None], axis=1)
+        return jnp.where(short_B1 & stops_BY, -jnp.inf, logits_BY)
+
+    return jax.lax.cond(jnp.any(short_B1), mask, lambda unchanged: unchanged, logits_BY)
+
+
+def _weights(logits_BY: Array, rows: SamplingRows) -> Array:
+    """Probabilities up to a factor: float32 in [0, 1], 1 for the most likely token, all 0 if there is nothing to draw.
+
+    The maximum is taken off first, so that no temperature however low can overflow.
+    """
+    max_B1 = jnp.max(logits_BY, axis=-1, keepdims=True)
+    temperature_B1 = jnp.where(rows.temperature < GREEDY_BELOW, 1.0, rows.temperature)[:, None]
+    return jnp.where(jnp.isfinite(max_B1), jnp.exp((logits_BY - max_B1) / temperature_B1), 0.0)
+
+
+def _kept(logits_BY: Array, weights_BY: Array, rows: SamplingRows) -> Array:
+    """The set that top-k, top-p and min-p leave, in this order. Never empty where there is something to draw."""
+    order_BY = _ordinal(logits_BY)
+
+    def top_k(kept_BY: Array) -> Array:
+        target_B = jnp.where(rows.top_k > 0, rows.top_k, logits_BY.shape[-1]).astype(jnp.uint32)
+        return kept_BY & _prefix(order_BY, _count, (jnp.zeros_like(target_B), target_B))
+
+    def top_p(kept_BY: Array) -> Array:
+        measure = _mass_of(weights_BY)  # what top-k left is a prefix of the same order
+        high_B, low_B = _scaled(measure(kept_BY), _digits(jnp.asarray(rows.top_p)))
+        target = high_B, jnp.where((high_B == 0) & (low_B == 0), 1, low_B)  # never empty
+        return kept_BY & (_prefix(order_BY, measure, target) | (rows.top_p >= 1.0)[:, None])
+
+    kept_BY = weights_BY > 0.0
+    kept_BY = jax.lax.cond(jnp.any(rows.top_k > 0), top_k, lambda unchanged: unchanged, kept_BY)
+    kept_BY = jax.lax.cond(jnp.any(rows.top_p < 1.0), top_p, lambda unchanged: unchanged, kept_BY)
+    return kept_BY & (weights_BY >= rows.min_p[:, None])  # the most likely token is always kept, with weight 1
+
+
+def _draw(logits_BY: Array, rows: SamplingRows) -> Array:
+    """A token of each row's support with its probability: the first id at which the sum passes a random amount.
+
+    The sum goes over blocks of the vocabulary first, then into the one block that holds the token.
+    """
+    weights_BY = _weights(logits_BY, rows)
+    weights_BY = jnp.where(_kept(logits_BY, weights_BY, rows), weights_BY, 0.0)
+    weights_BRQ = jnp.pad(weights_BY, ((0, 0), (0, -weights_BY.shape[1] % BLOCK))).reshape(len(weights_BY), -1, BLOCK)
+    measure_blocks = _sum_of([jnp.sum(digit_BRQ, axis=-1, dtype=jnp.uint32) for digit_BRQ in _digits(weights_BRQ)])
+    every_BR = jnp.ones(weights_BRQ.shape[:2], bool)
+    high_B, low_B = _scaled(measure_blocks(every_BR), _random_digits(rows))
+    target = high_B, low_B + 1
+    block_B = _first(measure_blocks, every_BR.shape, target)
+    block_B1 = jnp.minimum(block_B, every_BR.shape[1] - 1)[:, None]  # past the end where there is nothing to draw
+    before_BR = jax.lax.broadcasted_iota(jnp.int32, every_BR.shape, 1) < block_B1
+    weights_BQ = jnp.take_along_axis(weights_BRQ, block_B1[:, :, None], axis=1)[:, 0]
+    inside_B = _first(_mass_of(weights_BQ), weights_BQ.shape, _difference(target, measure_blocks(before_BR)))
+    return block_B1[:, 0] * BLOCK + inside_B
+
+
+# ----------------------------------------------------------------------------------------- prefixes that reach a target
+
+
+def _prefix(order_BY: Array, measure: Measure, target: Amount) -> Array:
+    """The shortest prefix that reaches `target`, of the tokens by falling `order` (uint32) and then by rising id."""
+    last_B1 = _threshold(order_BY, 32, measure, target)[:, None]
+    vocabulary = order_BY.shape[-1]
+    rank_1Y = vocabulary - jax.lax.broadcasted_iota(jnp.uint32, (1, vocabulary), 1)  # of ties: Y down to 1
+    rank_BY = jnp.where(order_BY > last_B1, vocabulary + 1, jnp.where(order_BY == last_B1, rank_1Y, 0))
+    return rank_BY >= _threshold(rank_BY, (vocabulary + 1).bit_length(), measure, target)[:, None]
+
+
+def _threshold(keys_BY: Array, bits: int, measure: Measure, target: Amount) -> Array:
+    """The largest t for which the tokens with `key >= t` reach `target`; 0 if none does. Keys are uint32 below 2**bits.
+
+    A set that grows never measures less, so the bits of t can be settled one by one from the highest.
+    """
+
+    def settle(i: Array, threshold_B: Array) -> Array:
+        candidate_B = threshold_B | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
+        reached_B = _at_least(measure(keys_BY >= candidate_B[:, None]), target)
+        return jnp.where(reached_B, candidate_B, threshold_B)
+
+    return jax.lax.fori_loop(0, bits, settle, jnp.zeros(keys_BY.shape[:1], jnp.uint32))
+
+
+def _first(measure: Measure, shape: tuple[int, ...], target: Amount) -> Array:
+    """The lowest index along the second axis of `shape` up to which `target` is reached, int32."""
+    length = shape[1]
+    falling = length - jax.lax.broadcasted_iota(jnp.uint32, shape, 1)
+    return length - _threshold(falling, length.bit_length(), measure, target).astype(jnp.int32)
+
+
+def _ordinal(values_BY: Array) -> Array:
+    """uint32 in the order of the float32 values; both zeros give one number."""
+    bits_BY = jax.lax.bitcast_convert_type(jnp.where(values_BY == 0.0, 0.0, values_BY), jnp.uint32)
+    sign_BY = bits_BY >> 31
+    return jnp.where(sign_BY == 1, ~bits_BY, bits_BY | jnp.uint32(1 << 31))
+
+
+# ------------------------------------------------------------------------------------------------- fixed-point amounts
+
+
+def _count(kept_BY: Array) -> Amount:
+    low_B = jnp.sum(kept_BY, axis=-1, dtype=jnp.uint32)
+    return jnp.zeros_like(low_B), low_B
+
+
+def _mass_of(weights_BY: Array) -> Measure:
+    """The measure of a set that adds up the weights of its tokens; digits are cheaper to make again than to read."""
+    return lambda kept_BY: _sum_of(_digits(jnp.where(kept_BY, weights_BY, 0.0)))(kept_BY)
+
+
+def _sum_of(digits: Sequence[Array]) -> Measure:
+    """The measure of a set that adds up three digits per member; the sum of each digit stays under 2**32."""
+
+    def total(kept: Array) -> Amount:
+        first_B, second_B, third_B = (jnp.sum(jnp.where(kept, digit, 0), axis=-1, dtype=jnp.uint32) for digit in digits)
+        second_B += third_B >> DIGIT_BITS
+        low_B = (second_B & DIGIT_MASK) << DIGIT_BITS | third_B & DIGIT_MASK
+        return first_B + (second_B >> DIGIT_BITS), low_B
+
+    return total
+
+
+def _digits(fraction: Array) -> list[Array]:
+    """Three uint32 digits of 13 bits after the point, highest first; 1.0 gives 2**13, 0, 0.
+
+    Every step is exact in float32. What lies below 2**-39 is cut off.
+    """
+    digits = []
+    for _ in range(3):
+        shifted = fraction * 2.0**DIGIT_BITS
+        whole = jnp.floor(shifted)
+        digits.append(whole.astype(jnp.uint32))
+        fraction = shifted - whole
+    return digits
+
+
+def _random_digits(rows: SamplingRows) -> list[Array]:
+    """Four uniform digits of 13 bits per row, from the counter key of (seed, choice, index of the token)."""
+
+    def words(seed_2: Array, choice: Array, sampled: Array) -> Array:
+        key = jax.random.wrap_key_data(seed_2, impl="threefry2x32")
+        return jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, choice), sampled), (2,), jnp.uint32)
+
+    words_B2 = jax.vmap(words)(*map(jnp.asarray, (rows.seed, rows.choice, rows.sampled)))
+    shifts = (32 - DIGIT_BITS, 32 - 2 * DIGIT_BITS)
+    return [words_B2[:, word] >> shift & DIGIT_MASK for word in (0, 1) for shift in shifts]
+
+
+def _scaled(amount: Amount, fraction: Sequence[Array]) -> Amount:
+    """floor(amount * fraction) by long multiplication; `fraction` < 1 as digits after the point, highest first."""
+    high_B, low_B = amount
+    digits = [low_B & DIGIT_MASK, low_B >> DIGIT_BITS]
+    digits += [high_B & DIGIT_MASK, high_B >> DIGIT_BITS & DIGIT_MASK, high_B >> 2 * DIGIT_BITS]
+    columns = [jnp.zeros_like(low_B)] * (len(digits) + len(fraction))
+    for i, digit_B in enumerate(digits):
+        for j, factor_B in enumerate(reversed(fraction)):
+            columns[i + j] += digit_B * factor_B  # at most five products of 26 bits: no overflow
+    for i in range(len(columns) - 1):
+        columns[i + 1] += columns[i] >> DIGIT_BITS
+        columns[i] &= DIGIT_MASK
+    whole = columns[len(fraction) :]
+    return whole[2] | whole[3] << DIGIT_BITS | whole[4] << 2 * DIGIT_BITS, whole[0] | whole[1] << DIGIT_BITS
+
+
+def _difference(amount: Amount, less: Amount) -> Amount:
+    borrow_B = (amount[1] < less[1]).astype(jnp.uint32)
+    return amount[0] - less[0] - borrow_B, amount[1] - less[1] + (borrow_B << 2 * DIGIT_BITS)
+
+
+def _at_least(amount: Amount, target: Amount) -> Array:
+    return (amount[0] > target[0]) | (amount[0] == target[0]) & (amount[1] >= target[1])
