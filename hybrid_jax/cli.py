@@ -1,0 +1,173 @@
+"""The command `hybrid-jax`: one verb a function, its flags made from the function's arguments.
+
+Exit codes: 0 done; 1 a problem was found (`verify`) or something unexpected; 2 bad usage, config or checkpoint.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from flax import nnx
+from rich.console import Console
+
+from hybrid_jax import convert as conversion
+from hybrid_jax import inspection
+from hybrid_jax.config import Backend, Dtype
+from hybrid_jax.hf_directory import read_config
+from hybrid_jax.hub import find_model
+from hybrid_jax.llm import LLM
+from hybrid_jax.progress import show_progress
+from hybrid_jax.request import SamplingParams
+from hybrid_jax.routing import Routing, route_model, summary, to_json, to_table
+from models.registry import find_family
+
+Model = Annotated[str, tyro.conf.Positional]
+Directory = Annotated[Path, tyro.conf.Positional]
+
+
+def routing(model: Model, /, json: bool = False, dtype: Dtype = "bfloat16", backend: Backend = "auto") -> None:
+    """Print the routing of a model: for each role and layer its kind, what it keeps, and who computes it.
+
+    Nothing is loaded; the config is enough.
+
+    Args:
+        model: a checkpoint directory, a config.json, or 'demo'.
+        json: print one JSON object instead of a table.
+        dtype: of weights and caches.
+        backend: who computes attention; 'auto' takes the platform's own kernel where there is one.
+    """
+    found = _read_routing(find_model(model), dtype, backend)
+    if json:
+        print(_dump(to_json(found)))
+        return
+    console = Console()
+    console.print(to_table(found, model))
+    console.print(summary(found), highlight=False, soft_wrap=True)
+
+
+def generate(
+    model: Model,
+    /,
+    prompt: str,
+    chat: bool = False,
+    max_tokens: int = 256,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int | None = None,
+    stop: tuple[str, ...] = (),
+    ignore_eos: bool = False,
+    dtype: Dtype = "bfloat16",
+    backend: Backend = "auto",
+    max_model_len: int | None = None,
+) -> None:
+    """Generate text from one prompt and print it as it comes.
+
+    Args:
+        model: a checkpoint directory, or 'demo'.
+        prompt: the text to go on from.
+        chat: render the prompt as a user's message with the checkpoint's chat template.
+        max_tokens: most tokens to generate.
+        temperature: 0 takes the most likely token; unset, like the next three, is what the checkpoint says.
+        top_k: only the k most likely tokens.
+        top_p: only the most likely tokens that together reach this probability.
+        min_p: only tokens at least this many times as likely as the most likely one.
+        seed: the same seed gives the same text.
+        stop: texts that end the answer.
+        ignore_eos: go on behind the model's end of text.
+        dtype: of weights and caches.
+        backend: who computes attention.
+        max_model_len: most tokens of prompt and answer together.
+    """
+    llm = LLM(model, dtype, backend, max_model_len=max_model_len, max_num_seqs=1)
+    tokens = llm.encode_chat(prompt) if chat else llm.encode(prompt)
+    default = llm.default_params
+    params = SamplingParams(
+        temperature=default.temperature if temperature is None else temperature,
+        top_k=default.top_k if top_k is None else top_k,
+        top_p=default.top_p if top_p is None else top_p,
+        min_p=default.min_p if min_p is None else min_p,
+        seed=seed,
+        stop=stop,
+        max_tokens=min(max_tokens, max(llm.max_model_len - len(tokens), 1)),
+        ignore_eos=ignore_eos,
+    )
+    if not chat:
+        print(prompt, end="", flush=True)
+    for piece in llm.stream(tokens, params):
+        print(piece, end="", flush=True)
+    print()
+
+
+def convert(source: Directory, destination: Directory, /, to: Literal["orbax", "hf"]) -> None:
+    """Convert a checkpoint, bit for bit. An interrupted conversion goes on where it stopped.
+
+    Args:
+        source: a published directory (safetensors) or an Orbax directory.
+        destination: a new directory.
+        to: 'orbax', or 'hf' for published safetensors files.
+    """
+    verb = {"orbax": conversion.to_orbax, "hf": conversion.to_hf}[to]
+    with show_progress(Console(stderr=True)) as progress:
+        verb(source, destination, progress)
+
+
+def inspect(path: Directory, /) -> None:
+    """Print what a checkpoint holds.
+
+    Args:
+        path: a checkpoint directory or a config.json.
+    """
+    inspection.render_inspection(inspection.inspect(path), Console())
+
+
+def verify(path: Directory, /) -> None:
+    """Check a checkpoint: files, index, names and shapes are those that its config asks for, and nothing is left over.
+
+    Args:
+        path: a checkpoint directory.
+    """
+    found = inspection.verify(path)
+    inspection.render_verification(found, Console())
+    if found.problems:
+        raise SystemExit(1)
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "routing": routing,
+    "generate": generate,
+    "convert": convert,
+    "inspect": inspect,
+    "verify": verify,
+}
+
+
+def main() -> None:
+    """Run one verb; a bad input is one message and exit code 2."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(VERBS, prog="hybrid-jax", description=__doc__)
+    except (ValueError, NotImplementedError) as error:
+        print(f"hybrid-jax: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read us has gone
+
+
+def _read_routing(path: Path, dtype: Dtype, backend: Backend) -> Routing:
+    hf = read_config(path)
+    family = find_family(hf)
+    config = family.Config.from_hf(hf)
+    return route_model(nnx.eval_shape(lambda: family.Model(config, rngs=nnx.Rngs(0), dtype=dtype, backend=backend)))
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The Python API on the demo model and on tiny fixtures: text, tokens, stops, streams, logits, errors."""
+
+import numpy as np
+import pytest
+
+from hybrid_jax import LLM, SamplingParams
+from hybrid_jax.config import EngineConfig
+from hybrid_jax.engine import cut_prompts, power_of_two
+from tests.models.reference import FOLDER
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return LLM("demo", "float32", max_model_len=256, max_num_seqs=4, page_size=256, decode_steps=8)
+
+
+@pytest.fixture(scope="module")
+def fixture_llm():
+    return LLM(FOLDER / "qwen3_5", "float32", max_model_len=128, max_num_seqs=2, page_size=16, decode_steps=4)
+
+
+def test_the_demo_writes_english(demo):
+    (answer,) = demo.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=60))
+    words = answer.outputs[0].text.lower().split()
+    common = {"the", "a", "and", "of", "to", "was", "in", "he", "she", "they", "his", "her", "had", "with", "that"}
+    assert len(words) > 25 and sum(word in common for word in words) > len(words) / 5
+    assert answer.prompt == "Once upon a time" and answer.finished and answer.cached_tokens == 0
+
+
+def test_text_is_what_the_tokens_say(demo):
+    (answer,) = demo.generate("The sea", GREEDY)
+    done = answer.outputs[0]
+    assert done.text == demo.tokenizer.decode(done.token_ids)
+    assert list(answer.prompt_token_ids) == demo.encode("The sea")
+
+
+def test_alone_and_together_give_the_same_tokens(demo):
+    prompts = ["The sea", "Dear Anna,", "A fox met a crow who", "Rain"]
+    together = [answer.outputs[0].token_ids for answer in demo.generate(prompts, GREEDY)]
+    alone = [demo.generate(prompt, GREEDY)[0].outputs[0].token_ids for prompt in prompts]
+    assert together == alone
+
+
+def test_more_prompts_than_rows_come_back_in_order(demo):
+    prompts = ["The sea", "Dear Anna,", "A fox", "Rain", "Why", "The sea"]
+    answers = demo.generate(prompts, SamplingParams(temperature=0, max_tokens=5))
+    assert [answer.prompt for answer in answers] == prompts
+    assert answers[0].outputs == answers[5].outputs
+
+
+def test_each_prompt_may_have_its_own_parameters(demo):
+    lengths = [1, 7, 19]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths]
+    answers = demo.generate(["The sea"] * 3, params)
+    assert [len(answer.outputs[0].token_ids) for answer in answers] == lengths
+    longest = answers[2].outputs[0].token_ids
+    assert all(answer.outputs[0].token_ids == longest[:n] for answer, n in zip(answers, lengths, strict=True))
+
+
+def test_a_seed_gives_the_same_text_in_any_company(demo):
+    seeded = SamplingParams(temperature=1.0, max_tokens=12, seed=5)
+    alone = demo.generate("The sea", seeded)[0].outputs[0].token_ids
+    company = demo.generate(["Rain", "Dear Anna,", "The sea"], [GREEDY, SamplingParams(max_tokens=12), seeded])
+    assert company[2].outputs[0].token_ids == alone
+    other = demo.generate("The sea", SamplingParams(temperature=1.0, max_tokens=12, seed=6))[0].outputs[0].token_ids
+    assert other != alone
+
+
+def test_a_stop_string_cuts_the_text_before_it(demo):
+    (whole,) = demo.generate("The sea", GREEDY)
+    text = whole.outputs[0].text
+    stop = text[20:26]
+    (cut,) = demo.generate("The sea", SamplingParams(temperature=0, max_tokens=24, stop=stop))
+    done = cut.outputs[0]
+    assert (done.text, done.finish_reason, done.stop_reason) == (text[: text.index(stop)], "stop", stop)
+    assert len(done.token_ids) < len(whole.outputs[0].token_ids)
+    kept = SamplingParams(temperature=0, max_tokens=24, stop=stop, include_stop_str_in_output=True)
+    assert demo.generate("The sea", kept)[0].outputs[0].text == text[: text.index(stop) + len(stop)]
+
+
+def test_a_stop_token_ends_the_answer_and_has_no_text(demo):
+    (whole,) = demo.generate("The sea", GREEDY)
+    token = whole.outputs[0].token_ids[10]
+    first = whole.outputs[0].token_ids.index(token)
+    (cut,) = demo.generate("The sea", SamplingParams(temperature=0, max_tokens=24, stop_token_ids=[token]))
+    done = cut.outputs[0]
+    assert (done.token_ids, done.finish_reason, done.stop_reason) == (
+        whole.outputs[0].token_ids[: first + 1], "stop", token,
+    )  # fmt: skip
+    assert done.text == demo.tokenizer.decode(done.token_ids[:-1])
+
+
+def test_min_tokens_keeps_a_stop_token_away(demo):
+    (whole,) = demo.generate("The sea", GREEDY)
+    token = whole.outputs[0].token_ids[2]
+    params = SamplingParams(temperature=0, max_tokens=24, min_tokens=9, stop_token_ids=[token])
+    ids = demo.generate("The sea", params)[0].outputs[0].token_ids
+    assert token not in ids[:8] and len(ids) >= 9
+
+
+def test_the_answer_ends_with_the_context(demo):
+    (answer,) = demo.generate("The sea", SamplingParams(temperature=0, ignore_eos=True))
+    assert len(answer.prompt_token_ids) + len(answer.outputs[0].token_ids) == demo.max_model_len
+    assert answer.outputs[0].finish_reason == "length"
+
+
+def test_a_stream_is_the_answer_in_pieces(demo):
+    pieces = list(demo.stream("The sea", GREEDY))
+    assert len(pieces) > 1 and "".join(pieces) == demo.generate("The sea", GREEDY)[0].outputs[0].text
+
+
+def test_a_chat_ends_with_its_turn(demo):
+    questions = ["What is a fox?", "Explain to a child why we need water.", "Write one sentence about rain.", "Hello!"]
+    answers = demo.generate([demo.encode_chat(question) for question in questions], SamplingParams(seed=1))
+    ended = [answer.outputs[0] for answer in answers if answer.outputs[0].finish_reason == "stop"]
+    assert ended and all(answer.prompt is None for answer in answers)
+    assert {demo.tokenizer.backend.id_to_token(done.token_ids[-1]) for done in ended} == {"<|end|>"}
+
+
+def test_logits_say_what_greedy_decoding_takes(demo):
+    prompt = demo.encode("The sea was calm and")
+    ids = demo.generate(prompt, SamplingParams(temperature=0, max_tokens=10, ignore_eos=True))[0].outputs[0].token_ids
+    logits = demo.logits([*prompt, *ids])
+    assert logits.shape == (len(prompt) + 10, 8192) and logits.dtype == np.float32
+    assert tuple(logits[len(prompt) - 1 : -1].argmax(-1)) == ids
+
+
+def test_logits_do_not_depend_on_how_the_tokens_were_cut(fixture_llm):
+    tokens = np.random.default_rng(0).integers(0, 256, 128).tolist()
+    whole = fixture_llm.logits(tokens)
+    small = LLM(FOLDER / "qwen3_5", "float32", max_model_len=128, max_num_seqs=2, max_num_batched_tokens=64)
+    np.testing.assert_allclose(small.logits(tokens), whole, rtol=0, atol=1e-4)
+
+
+def test_bfloat16_stays_near_float32(fixture_llm):
+    tokens = np.random.default_rng(1).integers(0, 256, 64).tolist()
+    low = LLM(FOLDER / "qwen3_5", "bfloat16", max_model_len=128, max_num_seqs=2).logits(tokens)
+    high = fixture_llm.logits(tokens)
+    assert np.abs(low - high).mean() < 0.1 * high.std() and low.dtype == np.float32
+
+
+def test_a_model_without_tokenizer_takes_token_lists(fixture_llm):
+    answers = fixture_llm.generate([[1, 2, 3], [4]], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+    assert [len(answer.outputs[0].token_ids) for answer in answers] == [3, 3]
+    assert [answer.outputs[0].text for answer in answers] == ["", ""]
+    with pytest.raises(ValueError, match="no tokenizer"):
+        fixture_llm.generate("text")
+    with pytest.raises(ValueError, match="no tokenizer"):
+        fixture_llm.generate([1], SamplingParams(stop="x"))
+    with pytest.raises(ValueError, match="no tokenizer"):
+        next(fixture_llm.stream([1]))
+
+
+@pytest.mark.parametrize("ids", [[256], [-1], [1, 2, 9999]])
+def test_token_ids_outside_the_vocabulary_are_refused(fixture_llm, ids):
+    with pytest.raises(ValueError, match="wanted token ids from 0 to 255"):
+        fixture_llm.generate(ids)
+    with pytest.raises(ValueError, match="wanted token ids from 0 to 255"):
+        fixture_llm.logits(ids)
+
+
+def test_prompts_that_do_not_fit_are_refused(fixture_llm):
+    with pytest.raises(ValueError, match="max_model_len=128"):
+        fixture_llm.generate([1] * 128)
+    with pytest.raises(ValueError, match="max_model_len=128"):
+        fixture_llm.logits([1] * 129)
+    with pytest.raises(ValueError, match="at least one prompt token"):
+        fixture_llm.generate([[]])
+    with pytest.raises(ValueError, match="one SamplingParams"):
+        fixture_llm.generate([[1], [2]], [GREEDY])
+
+
+def test_models_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="not found"):
+        LLM("no-such-model")
+    with pytest.raises(ValueError, match="config.json"):
+        LLM(tmp_path)
+    with pytest.raises(ValueError, match="positions"):
+        LLM(FOLDER / "qwen3_5", max_model_len=10**6)
+    with pytest.raises(NotImplementedError, match="has no tpu kernel"):
+        LLM(FOLDER / "qwen3_5", backend="tpu")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"page_size": 0}, {"max_num_seqs": -1}, {"max_num_batched_tokens": 100}, {"dtype": "int8"}, {"backend": "cuda"}],
+)
+def test_configs_out_of_range_are_refused(change):
+    with pytest.raises(ValueError, match=f"wanted {next(iter(change))}"):
+        EngineConfig(**change)
+
+
+def test_prompts_are_cut_at_chunks_only():
+    assert cut_prompts(np.array([10, 0, 500, 3]), 256).tolist() == [10, 0, 192, 3]
+    assert cut_prompts(np.array([256, 1]), 256).tolist() == [256, 0]
+    assert cut_prompts(np.array([300]), 64).tolist() == [64]
+    assert [power_of_two(n) for n in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]
