@@ -92,11 +92,21 @@ class LatentAttention(nnx.Module):
 
 @dataclass(frozen=True)
 class GroupedShape:
-    """Widths of a grouped-query attention: query heads, key and value heads, head width."""
+    """Widths of a grouped-query attention: query heads, key and value heads, head width.
+
+    Raises ValueError where the query heads are no multiple of the key heads.
+    """
 
     heads: int
     key_heads: int
     width: int
+
+    def __post_init__(self) -> None:
+        if self.heads % self.key_heads:
+            raise ValueError(
+                f"config.json: wanted query heads to be a multiple of {self.key_heads} key heads, got {self.heads}: "
+                "correct num_attention_heads or num_key_value_heads"
+            )
 
 
 @dataclass(frozen=True)

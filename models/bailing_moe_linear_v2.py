@@ -19,7 +19,7 @@ from kernels_pallas.op import ArraySpec, Cache, KVSpec, Memory, Place, RaggedBat
 from kernels_pallas.rotary import Rotary, frequencies
 from models.attention import GroupedShape
 from models.decoder import Decoder, Layer, Mixer
-from models.hf_fields import Fields
+from models.hf_fields import MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Fields, check_multiple
 from models.layers import MLP, Embedding, Head, Linear, RMSNorm
 from models.lightning import LightningAttention, LightningShape, alibi_slopes
 from models.moe import BiasedRouter, Experts, GroupedSigmoid, MoE, SharedExpert
@@ -61,13 +61,17 @@ class Config:
         """Read a config.json. Raises ValueError for a missing or unknown field, or a value that is not implemented."""
         f = Fields(hf, "config.json of BailingMoeLinearV2ForCausalLM")
         _refuse_variants(f)
-        attention = GroupedShape(f.whole("num_attention_heads"), f.whole("num_key_value_heads"), f.whole("head_dim"))
-        expert_width, shared = f.whole("moe_intermediate_size"), f.whole("num_shared_experts")
+        attention = GroupedShape(
+            f.whole("num_attention_heads", most=MOST_HEADS),
+            f.whole("num_key_value_heads", most=MOST_HEADS),
+            f.whole("head_dim"),
+        )
+        expert_width, shared = f.whole("moe_intermediate_size"), f.whole("num_shared_experts", most=MOST_EXPERTS)
         f.equal("moe_shared_expert_intermediate_size", expert_width * shared)
         config = cls(
             vocabulary=f.whole("vocab_size"),
             width=f.whole("hidden_size"),
-            layers=f.whole("num_hidden_layers", least=2),
+            layers=f.whole("num_hidden_layers", least=2, most=MOST_LAYERS),
             group=f.whole("layer_group_size"),
             attention=attention,
             norm_groups=f.whole("group_norm_size"),
@@ -76,7 +80,7 @@ class Config:
             rotary_width=_read_rotary_width(f, attention.width),
             dense_layers=f.whole("first_k_dense_replace", least=0),
             dense_width=f.whole("intermediate_size"),
-            experts=f.whole("num_experts"),
+            experts=f.whole("num_experts", most=MOST_EXPERTS),
             expert_width=expert_width,
             shared_experts=shared,
             router=_read_router(f),
@@ -125,7 +129,7 @@ def _read_router(f: Fields) -> GroupedSigmoid:
 
 def _read_rotary_width(f: Fields, head_width: int) -> int:
     rotated = head_width * f.number("partial_rotary_factor")
-    if rotated != int(rotated) or int(rotated) % 2 or rotated > head_width:
+    if rotated > head_width or rotated != int(rotated) or int(rotated) % 2:
         raise ValueError(f"config.json: wanted an even number of rotated channels, got {rotated} of {head_width}")
     return int(rotated)
 
@@ -133,12 +137,7 @@ def _read_rotary_width(f: Fields, head_width: int) -> int:
 def _check_sizes(config: Config) -> None:
     config.router.check(config.experts)
     shape = config.attention
-    for what, whole, part in (
-        ("num_attention_heads by num_key_value_heads", shape.heads, shape.key_heads),
-        ("num_attention_heads * head_dim by group_norm_size", shape.heads * shape.width, config.norm_groups),
-    ):
-        if whole % part:
-            raise ValueError(f"config.json: wanted {what} without rest, got {whole} by {part}")
+    check_multiple("num_attention_heads * head_dim", shape.heads * shape.width, "group_norm_size", config.norm_groups)
 
 
 class FusedGroupedAttention(nnx.Module):

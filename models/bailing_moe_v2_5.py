@@ -17,7 +17,7 @@ from kernels_pallas.mla import MLA
 from kernels_pallas.rotary import frequencies
 from models.attention import LatentAttention, LatentShape
 from models.decoder import Decoder, Draft, Layer
-from models.hf_fields import Fields
+from models.hf_fields import MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Fields, check_multiple
 from models.layers import MLP, Embedding, Head, Linear, RMSNorm
 from models.lightning import LightningAttention, LightningShape, alibi_slopes
 from models.moe import BiasedRouter, Experts, GroupedSigmoid, MoE, SharedExpert
@@ -65,10 +65,10 @@ class Config:
         f.absent("kda_lower_bound", "kda_safe_gate", "no_kda_lora", "short_conv_kernel_size")
         _refuse_variants(f)
         f.ignore(IGNORED_FIELDS)
-        heads, head_width = f.whole("num_attention_heads"), f.whole("head_dim")
+        heads, head_width = f.whole("num_attention_heads", most=MOST_HEADS), f.whole("head_dim")
         latent = _read_latent(f, heads, head_width)
         chosen, expert_width = f.whole("num_experts_per_tok"), f.whole("moe_intermediate_size")
-        shared = f.whole("num_shared_experts")
+        shared = f.whole("num_shared_experts", most=MOST_EXPERTS)
         f.equal("moe_shared_expert_intermediate_size", expert_width * shared)
         router = GroupedSigmoid(
             chosen,
@@ -80,7 +80,7 @@ class Config:
         config = cls(
             vocabulary=f.whole("vocab_size"),
             width=f.whole("hidden_size"),
-            layers=f.whole("num_hidden_layers", least=2),
+            layers=f.whole("num_hidden_layers", least=2, most=MOST_LAYERS),
             group=f.whole("layer_group_size"),
             heads=heads,
             head_width=head_width,
@@ -90,7 +90,7 @@ class Config:
             latent=latent,
             dense_layers=f.whole("first_k_dense_replace", least=0),
             dense_width=f.whole("intermediate_size"),
-            experts=f.whole("num_experts"),
+            experts=f.whole("num_experts", most=MOST_EXPERTS),
             expert_width=expert_width,
             shared_experts=shared,
             router=router,
@@ -143,18 +143,9 @@ def _read_latent(f: Fields, heads: int, head_width: int) -> LatentShape:
 
 
 def _check_sizes(config: Config) -> None:
-    router = config.router
-    for what, whole, part in (
-        ("num_experts by n_group", config.experts, router.groups),
-        ("num_attention_heads * head_dim by group_norm_size", config.heads * config.head_width, config.norm_groups),
-    ):
-        if whole % part:
-            raise ValueError(f"config.json: wanted {what} without rest, got {whole} by {part}")
-    reachable = router.kept_groups * config.experts // router.groups
-    if router.kept_groups > router.groups or router.chosen > reachable:
-        raise ValueError(
-            f"config.json: wanted {router.chosen} experts within {router.kept_groups} groups, got {reachable}"
-        )
+    config.router.check(config.experts)
+    inner = config.heads * config.head_width
+    check_multiple("num_attention_heads * head_dim", inner, "group_norm_size", config.norm_groups)
 
 
 class Model(Decoder):

@@ -19,7 +19,7 @@ from kernels_pallas.mla import MLA
 from kernels_pallas.rotary import frequencies
 from models.attention import LatentAttention, LatentShape
 from models.decoder import Decoder, Draft, Layer
-from models.hf_fields import Fields
+from models.hf_fields import MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Fields, is_finite
 from models.kimi_linear import DeltaAttention, DeltaShape, delta_rows
 from models.layers import MLP, ClampedSwiGLU, Embedding, Head, Linear, RMSNorm, swiglu
 from models.moe import BiasedRouter, Experts, GroupedSigmoid, MoE, SharedExpert
@@ -78,12 +78,12 @@ class Config:
         f = Fields(hf, "config.json of BailingMoeV3ForCausalLM")
         _refuse_variants(f)
         f.ignore(IGNORED_FIELDS)
-        layers, dense_layers = f.whole("num_hidden_layers"), f.whole("first_k_dense_replace", least=0)
-        heads = f.whole("num_attention_heads")
+        layers, dense_layers = f.whole("num_hidden_layers", most=MOST_LAYERS), f.whole("first_k_dense_replace", least=0)
+        heads = f.whole("num_attention_heads", most=MOST_HEADS)
         latent = _read_latent(f, heads)
-        expert_width, shared = f.whole("moe_intermediate_size"), f.whole("num_shared_experts")
+        expert_width, shared = f.whole("moe_intermediate_size"), f.whole("num_shared_experts", most=MOST_EXPERTS)
         f.equal("moe_shared_expert_intermediate_size", expert_width * shared)
-        experts, router = f.whole("num_experts"), _read_router(f)
+        experts, router = f.whole("num_experts", most=MOST_EXPERTS), _read_router(f)
         router.check(experts)
         config = cls(
             vocabulary=f.whole("vocab_size"),
@@ -128,9 +128,7 @@ def _read_full(f: Fields, layers: int) -> tuple[bool, ...]:
     """Which layers are latent attention: the last of each group, or those that a list marks with 0."""
     group = f.get("layer_group_size")
     if isinstance(group, list):
-        if len(group) != layers or not set(group) <= {0, 1}:
-            raise ValueError(f"config.json: wanted {layers} entries 0 or 1 in layer_group_size, got {group!r}")
-        return tuple(entry == 0 for entry in group)
+        return tuple(entry == 0 for entry in f.wholes("layer_group_size", 0, 1, layers))
     size = f.whole("layer_group_size")
     if layers % size:
         raise ValueError(
@@ -144,7 +142,7 @@ def _read_decay(f: Fields) -> Decay:
     lowest = f.get("kda_lower_bound", None)
     if not f.flag("kda_safe_gate"):
         return SoftplusDecay()
-    if isinstance(lowest, bool) or not isinstance(lowest, int | float) or not -float("inf") < lowest < 0:
+    if not is_finite(lowest) or lowest >= 0:
         raise ValueError(f"config.json: wanted kda_lower_bound to be a finite number below 0, got {lowest!r}")
     return BoundedDecay(float(lowest))
 
@@ -191,7 +189,7 @@ def _read_limit(f: Fields, name: str, layers: int) -> list[float | None]:
     if values is None:
         return [None] * layers
     fits = isinstance(values, list) and len(values) == layers
-    if not fits or any(isinstance(v, bool) or not isinstance(v, int | float) or not v >= 0 for v in values):
+    if not fits or not all(is_finite(v) and v >= 0 for v in values):
         raise ValueError(f"config.json: wanted {layers} numbers of at least 0 in {name}, got {values!r}")
     return [float(value) if value else None for value in values]
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.gdn import GDN, GDNWeights
 from kernels_pallas.op import ArraySpec, Cache, Memory, Place, RaggedBatch, StateSpec
-from models.hf_fields import Fields
+from models.hf_fields import MOST_HEADS, Fields, check_multiple
 from models.layers import Linear, RMSNorm, matrix, vector
 
 
@@ -33,14 +33,13 @@ class DeltaShape:
 def read_delta(f: Fields) -> DeltaShape:
     """The sizes, from the fields that the Qwen families share."""
     shape = DeltaShape(
-        f.whole("linear_num_key_heads"),
-        f.whole("linear_num_value_heads"),
+        f.whole("linear_num_key_heads", most=MOST_HEADS),
+        f.whole("linear_num_value_heads", most=MOST_HEADS),
         f.whole("linear_key_head_dim"),
         f.whole("linear_value_head_dim"),
         f.whole("linear_conv_kernel_dim", least=2),
     )
-    if shape.heads % shape.key_heads:
-        raise ValueError(f"config.json: wanted a multiple of {shape.key_heads} linear value heads, got {shape.heads}")
+    check_multiple("linear_num_value_heads", shape.heads, "linear_num_key_heads", shape.key_heads)
     return shape
 
 

@@ -19,7 +19,7 @@ from kernels_pallas.op import Cache, RaggedBatch
 from kernels_pallas.rotary import Rotary, frequencies
 from models.attention import GroupedAttention, GroupedShape
 from models.decoder import Decoder, Mixer
-from models.hf_fields import Fields
+from models.hf_fields import MOST_HEADS, MOST_LAYERS, Fields, check_multiple, is_finite
 from models.layers import MLP, Embedding, Head, RMSNorm, swiglu
 from models.mamba2 import MAMBA2_IGNORED, Mamba2Mixer, Mamba2Shape, mamba2_rows, read_mamba2
 from models.nemotron_h import attention_rows
@@ -69,16 +69,19 @@ class Config:
         f = Fields(hf, "config.json of FalconH1ForCausalLM")
         _refuse_variants(f)
         f.ignore(IGNORED_FIELDS)
-        width, heads = f.whole("hidden_size"), f.whole("num_attention_heads")
-        head_width = f.whole_or_none("head_dim") or width // heads
+        width, heads = f.whole("hidden_size"), f.whole("num_attention_heads", most=MOST_HEADS)
+        head_width = f.whole_or_none("head_dim")
+        if head_width is None:
+            check_multiple("hidden_size", width, "num_attention_heads", heads)
+            head_width = width // heads
         inner = f.whole_or_none("mamba_d_ssm") or f.whole("mamba_expand") * width
         f.ignore(["mamba_expand"])
         config = cls(
             vocabulary=f.whole("vocab_size"),
             width=width,
-            layers=f.whole("num_hidden_layers"),
+            layers=f.whole("num_hidden_layers", most=MOST_LAYERS),
             mamba=read_mamba2(f, inner, f.flag("mamba_rms_norm"), f.flag("mamba_norm_before_gate")),
-            attention=GroupedShape(heads, f.whole("num_key_value_heads"), head_width),
+            attention=GroupedShape(heads, f.whole("num_key_value_heads", most=MOST_HEADS), head_width),
             inner=f.whole("intermediate_size"),
             factors=_read_factors(f),
             epsilon=f.number("rms_norm_eps"),
@@ -119,7 +122,7 @@ def _read_factors(f: Fields) -> Factors:
 
 def _read_numbers(f: Fields, name: str, count: int) -> tuple[float, ...]:
     numbers = f.get(name)
-    if not isinstance(numbers, list) or len(numbers) != count or not all(type(n) in (int, float) for n in numbers):
+    if not isinstance(numbers, list) or len(numbers) != count or not all(is_finite(n) for n in numbers):
         raise ValueError(f"config.json: wanted {name} to be {count} numbers, got {numbers!r}: correct config.json")
     return tuple(float(number) for number in numbers)
 

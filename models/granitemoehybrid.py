@@ -17,7 +17,7 @@ from kernels_pallas.op import Cache, RaggedBatch
 from kernels_pallas.rotary import Rotary, frequencies
 from models.attention import GroupedAttention, GroupedShape
 from models.decoder import Decoder, Mixer
-from models.hf_fields import Fields
+from models.hf_fields import MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Fields, check_multiple
 from models.layers import MLP, Embedding, Head, RMSNorm
 from models.mamba2 import MAMBA2_IGNORED, Mamba2Mixer, Mamba2Shape, mamba2_rows, read_mamba2
 from models.moe import Experts, MoE, PlainRouter, SharedExpert, SoftmaxTopK
@@ -67,7 +67,8 @@ class Config:
         f = Fields(hf, "config.json of GraniteMoeHybridForCausalLM")
         _refuse_variants(f)
         f.ignore(IGNORED_FIELDS)
-        width, heads = f.whole("hidden_size"), f.whole("num_attention_heads")
+        width, heads = f.whole("hidden_size"), f.whole("num_attention_heads", most=MOST_HEADS)
+        check_multiple("hidden_size", width, "num_attention_heads", heads)
         rotated = f.get("position_embedding_type", None) == "rope"
         theta = f.number("rope_theta", 10000.0)
         config = cls(
@@ -75,7 +76,7 @@ class Config:
             width=width,
             kinds=_read_kinds(f),
             mamba=read_mamba2(f, f.whole("mamba_expand") * width, True, False),
-            attention=GroupedShape(heads, f.whole("num_key_value_heads"), width // heads),
+            attention=GroupedShape(heads, f.whole("num_key_value_heads", most=MOST_HEADS), width // heads),
             attention_scale=f.number("attention_multiplier"),
             shared_width=f.whole("shared_intermediate_size"),
             sparse=_read_sparse(f),
@@ -103,15 +104,13 @@ def _refuse_variants(f: Fields) -> None:
 
 
 def _read_kinds(f: Fields) -> tuple[str, ...]:
-    layers, listed = f.whole("num_hidden_layers"), f.get("layer_types")
-    if not isinstance(listed, list) or len(listed) != layers or not set(listed) <= set(WORDS):
-        raise ValueError(f"config.json: wanted {layers} layer_types of {', '.join(WORDS)}, got {listed!r}")
-    return tuple(WORDS[word] for word in listed)
+    layers = f.whole("num_hidden_layers", most=MOST_LAYERS)
+    return tuple(WORDS[word] for word in f.words("layer_types", WORDS, layers))
 
 
 def _read_sparse(f: Fields) -> SparseShape | None:
     f.ignore(["num_experts_per_tok", "intermediate_size"])
-    experts = f.whole_or_none("num_local_experts")
+    experts = f.whole_or_none("num_local_experts", most=MOST_EXPERTS)
     if experts is None:
         return None
     chosen = f.whole("num_experts_per_tok")

@@ -3,7 +3,7 @@
 An unknown field may change what the model computes, so it is never passed over in silence.
 """
 
-import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,7 +16,30 @@ IGNORED = frozenset(
     "output_attentions".split()
 )
 
+# A config of a few bytes must not make us build a million layers. Each bound is far above every published model.
+MOST_LAYERS = 4096
+MOST_EXPERTS = 65536
+MOST_HEADS = 65536
+
+LARGEST_WHOLE = 2**31 - 1  # sizes are 32-bit in the programs that are compiled from them
+
 _MISSING = object()
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a JSON value is a number that a float holds: not NaN, not infinite, no integer beyond the floats."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) <= sys.float_info.max
+
+
+def is_whole(value: Any, least: int, most: int) -> bool:
+    """Whether a JSON value is a whole number from `least` to `most`; true and 1.0 are not."""
+    return not isinstance(value, bool) and isinstance(value, int) and least <= value <= most
+
+
+def check_multiple(name: str, value: int, of: str, part: int) -> None:
+    """Raises ValueError where `value`, of the field or product `name`, is no multiple of `part`, of the field `of`."""
+    if value % part:
+        raise ValueError(f"config.json: wanted {name} to be a multiple of {part} ({of}), got {value}: correct either")
 
 
 class Fields:
@@ -35,21 +58,38 @@ class Fields:
             raise ValueError(f"{self._where}: wanted the field {name!r}, it is missing")
         return value
 
-    def whole(self, name: str, default: Any = _MISSING, least: int = 1) -> int:
-        """A whole number of at least `least`."""
+    def whole(self, name: str, default: Any = _MISSING, least: int = 1, most: int = LARGEST_WHOLE) -> int:
+        """A whole number from `least` to `most`."""
         value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
-            raise self._wrong(name, f"a whole number of at least {least}", value)
+        if not is_whole(value, least, most):
+            raise self._wrong(name, f"a whole number of at least {least} and at most {most}", value)
         return value
 
-    def whole_or_none(self, name: str) -> int | None:
-        """A whole number of at least 1, or None where the field is null, 0 or missing."""
-        return self.whole(name) if self.get(name, None) else None
+    def whole_or_none(self, name: str, most: int = LARGEST_WHOLE) -> int | None:
+        """A whole number from 1 to `most`, or None where the field is null, 0 or missing."""
+        value = self.get(name, None)
+        return None if value is None or is_whole(value, 0, 0) else self.whole(name, most=most)
+
+    def words(self, name: str, allowed: Iterable[str], length: int | None = None) -> tuple[str, ...]:
+        """A list of `allowed` words; of `length` items, where it is given."""
+        known, value = tuple(allowed), self.get(name)
+        fits = isinstance(value, list) and length in (None, len(value))
+        if not fits or not all(isinstance(item, str) and item in known for item in value):
+            raise self._wrong_list(name, length, f"the words {', '.join(known)}", value)
+        return tuple(value)
+
+    def wholes(self, name: str, least: int, most: int, length: int | None = None) -> tuple[int, ...]:
+        """A list of whole numbers from `least` to `most`; of `length` items, where it is given."""
+        value = self.get(name)
+        fits = isinstance(value, list) and length in (None, len(value))
+        if not fits or not all(is_whole(item, least, most) for item in value):
+            raise self._wrong_list(name, length, f"whole numbers from {least} to {most}", value)
+        return tuple(value)
 
     def number(self, name: str, default: Any = _MISSING) -> float:
         """A finite number above zero."""
         value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        if not is_finite(value) or value <= 0:
             raise self._wrong(name, "a finite number above 0", value)
         return float(value)
 
@@ -97,3 +137,7 @@ class Fields:
 
     def _wrong(self, name: str, wanted: str, got: Any, why: str = "correct config.json") -> ValueError:
         return ValueError(f"{self._where}: wanted {name} to be {wanted}, got {got!r}: {why}")
+
+    def _wrong_list(self, name: str, length: int | None, wanted: str, got: Any) -> ValueError:
+        count = "a list of" if length is None else str(length)
+        return ValueError(f"{self._where}: wanted {count} {name}, {wanted}, got {got!r}: correct config.json")

@@ -19,7 +19,7 @@ from kernels_pallas.op import ArraySpec, Cache, Memory, Place, RaggedBatch, Stat
 from kernels_pallas.rotary import Rotary
 from models.attention import LatentAttention, LatentShape
 from models.decoder import Decoder, Layer
-from models.hf_fields import Fields
+from models.hf_fields import MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Fields
 from models.layers import MLP, Axes, Embedding, Head, Linear, RMSNorm, matrix, vector
 from models.moe import BiasedRouter, Experts, GroupedSigmoid, MoE, SharedExpert
 from models.weights import NUMBERED, Source, Weight, WeightTable, expert_rows, latent_rows, mlp_rows, weight
@@ -65,8 +65,8 @@ class Config:
         f = Fields(hf, "config.json of KimiLinearForCausalLM")
         _refuse_variants(f)
         f.ignore(IGNORED_FIELDS)
-        full, delta = _read_linear(f.section("linear_attn_config"), f.whole("num_hidden_layers"))
-        experts, router = f.whole("num_experts"), _read_router(f)
+        full, delta = _read_linear(f.section("linear_attn_config"), f.whole("num_hidden_layers", most=MOST_LAYERS))
+        experts, router = f.whole("num_experts", most=MOST_EXPERTS), _read_router(f)
         router.check(experts)
         config = cls(
             vocabulary=f.whole("vocab_size"),
@@ -79,7 +79,7 @@ class Config:
             dense_width=f.whole("intermediate_size"),
             experts=experts,
             expert_width=f.whole("moe_intermediate_size"),
-            shared_experts=f.whole("num_shared_experts"),
+            shared_experts=f.whole("num_shared_experts", most=MOST_EXPERTS),
             router=router,
             tied=f.flag("tie_word_embeddings", False),
             max_positions=f.whole("model_max_length"),
@@ -103,21 +103,23 @@ def _refuse_variants(f: Fields) -> None:
 def _read_linear(section: dict[str, Any], layers: int) -> tuple[tuple[bool, ...], DeltaShape]:
     """Which layers are latent attention, from two lists that count layers from 1, and the shape of the others."""
     f = Fields(section, "linear_attn_config of config.json")
-    linear, full = f.get("kda_layers"), f.get("full_attn_layers")
-    shape = DeltaShape(f.whole("num_heads"), f.whole("head_dim"), f.whole("short_conv_kernel_size", least=2))
+    linear, full = (f.wholes(name, 1, layers) for name in ("kda_layers", "full_attn_layers"))
+    shape = DeltaShape(
+        f.whole("num_heads", most=MOST_HEADS), f.whole("head_dim"), f.whole("short_conv_kernel_size", least=2)
+    )
     f.done()
-    listed = isinstance(linear, list) and isinstance(full, list)
-    if not listed or sorted([*linear, *full]) != list(range(1, layers + 1)):
+    if sorted(linear + full) != list(range(1, layers + 1)):
         raise ValueError(
-            f"config.json: wanted every layer of 1 to {layers} once in kda_layers or full_attn_layers, got {linear!r} "
-            f"and {full!r}"
+            f"config.json: wanted every layer of 1 to {layers} once in kda_layers or full_attn_layers, got "
+            f"{list(linear)} and {list(full)}"
         )
-    return tuple(layer in full for layer in range(1, layers + 1)), shape
+    chosen = frozenset(full)
+    return tuple(layer in chosen for layer in range(1, layers + 1)), shape
 
 
 def _read_latent(f: Fields) -> LatentShape:
     return LatentShape(
-        f.whole("num_attention_heads"),
+        f.whole("num_attention_heads", most=MOST_HEADS),
         None,
         f.whole("kv_lora_rank"),
         f.whole("qk_nope_head_dim"),

@@ -1,6 +1,6 @@
 """The plain parts of a network: weights with logical axes, products, norms, embedding, MLP.
 
-Every weight names its logical axes (`axes`), which only `hybrid_jax.sharding` maps to a mesh. Matrices have the model's
+Every weight names its logical axes (`axes`); models know no mesh. Matrices have the model's
 dtype; norms and other small vectors stay float32. Inputs are packed tokens `[T, ...]` without a batch axis.
 """
 

@@ -17,7 +17,7 @@ from kernels_pallas.rotary import Rotary, frequencies
 from kernels_pallas.short_conv import SHORT_CONV
 from models.attention import GroupedAttention, GroupedShape, NormShape
 from models.decoder import Decoder, Layer, Mixer
-from models.hf_fields import Fields
+from models.hf_fields import LARGEST_WHOLE, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Fields, check_multiple
 from models.layers import MLP, Embedding, Head, Linear, RMSNorm, matrix
 from models.moe import BiasedRouter, Choice, Experts, RoutedExperts
 from models.weights import NUMBERED, Weight, WeightTable, expert_rows, mlp_rows, weight
@@ -100,23 +100,29 @@ class Config:
 
 
 def _read_kinds(f: Fields) -> tuple[str, ...]:
-    layers, listed, indices = f.whole("num_hidden_layers"), f.get("layer_types", None), f.get("full_attn_idxs", None)
-    if listed is None and isinstance(indices, list):
-        listed = [FULL if index in indices else CONVOLUTION for index in range(layers)]
-    if not isinstance(listed, list) or len(listed) != layers or not set(listed) <= {CONVOLUTION, FULL}:
-        raise ValueError(f"config.json: wanted {layers} layer_types of {CONVOLUTION} or {FULL}, got {listed!r}")
-    if indices is not None and indices != [index for index, kind in enumerate(listed) if kind == FULL]:
-        raise ValueError(f"config.json: wanted full_attn_idxs as in layer_types {listed!r}, got {indices!r}")
-    return tuple(listed)
+    """Kind of each layer: the words of `layer_types`, or the older list of the attention layers, counted from 0."""
+    layers = f.whole("num_hidden_layers", most=MOST_LAYERS)
+    by_word, by_index = (f.get(name, None) is not None for name in ("layer_types", "full_attn_idxs"))
+    full = f.wholes("full_attn_idxs", 0, layers - 1) if by_index else ()
+    if list(full) != sorted(set(full)):
+        raise ValueError(f"config.json: wanted full_attn_idxs in order and each once, got {list(full)}")
+    if by_index and not by_word:
+        return _kinds_of(full, layers)
+    kinds = f.words("layer_types", (CONVOLUTION, FULL), layers)
+    if by_index and kinds != _kinds_of(full, layers):
+        raise ValueError(f"config.json: wanted full_attn_idxs as in layer_types {list(kinds)}, got {list(full)}")
+    return kinds
+
+
+def _kinds_of(full: tuple[int, ...], layers: int) -> tuple[str, ...]:
+    chosen = frozenset(full)
+    return tuple(FULL if index in chosen else CONVOLUTION for index in range(layers))
 
 
 def _read_attention(f: Fields, width: int) -> GroupedShape:
-    heads, key_heads = f.whole("num_attention_heads"), f.whole("num_key_value_heads")
+    heads, key_heads = f.whole("num_attention_heads", most=MOST_HEADS), f.whole("num_key_value_heads", most=MOST_HEADS)
     f.equal("num_heads", heads)
-    if heads % key_heads or width % heads:
-        raise ValueError(
-            f"config.json: wanted num_attention_heads to divide {width} and be a multiple of {key_heads}, got {heads}"
-        )
+    check_multiple("hidden_size", width, "num_attention_heads", heads)
     f.equal("head_dim", width // heads)
     return GroupedShape(heads, key_heads, width // heads)
 
@@ -133,13 +139,18 @@ def _read_dense(f: Fields, width: int, epsilon: float) -> int:
     multiple, factor = f.whole("block_multiple_of", 256), f.number("block_ffn_dim_multiplier", 1.0)
     if not f.flag("block_auto_adjust_ff_dim", True):
         return announced
-    return -(-int(factor * int(2 * announced / 3)) // multiple) * multiple
+    inner = factor * int(2 * announced / 3)
+    if not 1 <= inner <= LARGEST_WHOLE:
+        raise ValueError(
+            f"config.json: wanted an MLP width from 1 to {LARGEST_WHOLE}, got {inner}: correct config.json"
+        )
+    return -(-int(inner) // multiple) * multiple
 
 
 def _read_sparse(f: Fields) -> SparseShape:
     f.accept("use_expert_bias", True)
     f.accept("norm_topk_prob", True)
-    experts, chosen = f.whole("num_experts"), f.whole("num_experts_per_tok")
+    experts, chosen = f.whole("num_experts", most=MOST_EXPERTS), f.whole("num_experts_per_tok")
     if chosen > experts:
         raise ValueError(f"config.json: wanted at most {experts} experts a token, got {chosen}")
     router = BiasedSigmoid(chosen, f.number("routed_scaling_factor", 1.0))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float
 from kernels_pallas.mamba2 import MAMBA2, Mamba2Weights
 from kernels_pallas.op import ArraySpec, Cache, Memory, Place, RaggedBatch, StateSpec
 from kernels_pallas.rotary import Rotary
-from models.hf_fields import Fields
+from models.hf_fields import MOST_HEADS, Fields, is_finite
 from models.layers import Linear, RMSNorm, matrix, vector
 from models.weights import Weight, weight
 
@@ -63,17 +64,24 @@ def read_step_limit(f: Fields) -> tuple[float, float]:
     limits = f.get("time_step_limit", None)
     if limits is None:
         return 0.0, math.inf
-    numbers = [float(n["__float__"]) if isinstance(n, dict) else n for n in limits] if isinstance(limits, list) else []
-    if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1]:
+    numbers = [_read_limit(limit) for limit in limits] if isinstance(limits, list) else []
+    if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1]:  # NaN fails, too
         raise ValueError(
             f"config.json: wanted time_step_limit to be [least, largest], got {limits!r}: correct the file"
         )
-    return float(numbers[0]), math.inf if numbers[1] > LARGEST else float(numbers[1])
+    return numbers[0], math.inf if numbers[1] > LARGEST else numbers[1]
+
+
+def _read_limit(limit: Any) -> float:
+    """A number, or what a config writes for an infinite one; NaN for everything else."""
+    if limit == math.inf or (isinstance(limit, dict) and limit.get("__float__") in ("inf", "Infinity")):
+        return math.inf
+    return float(limit) if is_finite(limit) else math.nan
 
 
 def read_mamba2(f: Fields, inner: int, normed: bool, norm_first: bool) -> Mamba2Shape:
     """The sizes from the fields `mamba_*`; `inner` channels fall into heads of `mamba_d_head`, which may be "auto"."""
-    heads, given = f.whole("mamba_n_heads"), f.get("mamba_d_head", "auto")
+    heads, given = f.whole("mamba_n_heads", most=MOST_HEADS), f.get("mamba_d_head", "auto")
     if inner % heads or given not in ("auto", inner // heads):
         raise ValueError(f"config.json: wanted {inner} Mamba2 channels in {heads} heads, got mamba_d_head {given!r}")
     return Mamba2Shape(

@@ -20,7 +20,7 @@ from kernels_pallas.op import Cache, RaggedBatch
 from kernels_pallas.rotary import Rotary, frequencies
 from models.attention import GroupedAttention, GroupedShape
 from models.decoder import Decoder, Mixer
-from models.hf_fields import Fields
+from models.hf_fields import MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Fields
 from models.layers import Embedding, Head, RMSNorm
 from models.lightning import LightningAttention, LightningShape, alibi_slopes
 from models.moe import Experts, PlainRouter, RoutedExperts, SoftmaxTopK
@@ -74,7 +74,11 @@ class Config:
         f = Fields(hf, "config.json of MiniMaxText01ForCausalLM")
         _refuse_variants(f)
         f.ignore(IGNORED_FIELDS)
-        attention = GroupedShape(f.whole("num_attention_heads"), f.whole("num_key_value_heads"), f.whole("head_dim"))
+        attention = GroupedShape(
+            f.whole("num_attention_heads", most=MOST_HEADS),
+            f.whole("num_key_value_heads", most=MOST_HEADS),
+            f.whole("head_dim"),
+        )
         config = cls(
             vocabulary=f.whole("vocab_size"),
             width=f.whole("hidden_size"),
@@ -83,7 +87,7 @@ class Config:
             rotary_width=f.whole("rotary_dim", attention.width, least=2),
             rope_theta=f.number("rope_theta"),
             epsilon=f.number("rms_norm_eps"),
-            experts=f.whole("num_local_experts"),
+            experts=f.whole("num_local_experts", most=MOST_EXPERTS),
             chosen=f.whole("num_experts_per_tok"),
             expert_width=f.whole("intermediate_size"),
             full_blend=_read_blend(f, "full_attention"),
@@ -115,10 +119,8 @@ def _refuse_variants(f: Fields) -> None:
 
 
 def _read_full(f: Fields) -> tuple[bool, ...]:
-    layers, listed = f.whole("num_hidden_layers"), f.get("attn_type_list")
-    if not isinstance(listed, list) or len(listed) != layers or not set(listed) <= {0, 1}:
-        raise ValueError(f"config.json: wanted an attn_type_list of {layers} zeros and ones, got {listed!r}")
-    return tuple(value == 1 for value in listed)
+    layers = f.whole("num_hidden_layers", most=MOST_LAYERS)
+    return tuple(value == 1 for value in f.wholes("attn_type_list", 0, 1, layers))
 
 
 def _read_blend(f: Fields, branch: str) -> Blend:
@@ -127,8 +129,6 @@ def _read_blend(f: Fields, branch: str) -> Blend:
 
 def _check_sizes(config: Config) -> None:
     shape = config.attention
-    if shape.heads % shape.key_heads:
-        raise ValueError(f"config.json: wanted a multiple of {shape.key_heads} attention heads, got {shape.heads}")
     if shape.heads & (shape.heads - 1):
         raise ValueError(
             f"config.json: wanted a power of two as num_attention_heads, got {shape.heads}: how fast the states of "

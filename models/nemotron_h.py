@@ -20,7 +20,7 @@ from kernels_pallas.op import Cache, RaggedBatch
 from kernels_pallas.rotary import Rotary
 from models.attention import GroupedAttention, GroupedShape
 from models.decoder import Decoder, Draft, Layer, Mixer
-from models.hf_fields import Fields
+from models.hf_fields import MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Fields
 from models.layers import Embedding, Head, Linear, RMSNorm
 from models.mamba2 import MAMBA2_IGNORED, Mamba2Mixer, Mamba2Shape, mamba2_rows, read_step_limit
 from models.moe import BiasedRouter, GroupedSigmoid, MoE
@@ -49,7 +49,7 @@ DRAFT_PATTERN = FULL + SPARSE
 # Positions that nothing uses, initialisation, and choices among equal algorithms. The pattern alone counts the layers.
 IGNORED_FIELDS = MAMBA2_IGNORED + tuple(
     (
-        "rope_theta partial_rotary_factor expand chunk_size num_hidden_layers num_logits_to_keep use_mamba_kernels "
+        "rope_theta partial_rotary_factor expand chunk_size num_logits_to_keep use_mamba_kernels "
         "rescale_prenorm_residual moe_shared_expert_overlap"
     ).split()
 )
@@ -94,6 +94,7 @@ class Config:
         f.ignore(IGNORED_FIELDS)
         f.ignore(SPARSE_FIELDS)
         kinds = _read_kinds(f, "hybrid_override_pattern", "layers_block_type")
+        f.whole("num_hidden_layers", len(kinds), most=MOST_LAYERS)
         draft = _read_draft(f)
         head_width = f.whole("attention_head_dim" if "attention_head_dim" in hf else "head_dim")
         config = cls(
@@ -101,7 +102,11 @@ class Config:
             width=f.whole("hidden_size"),
             kinds=kinds,
             mamba=_read_mamba(f),
-            attention=GroupedShape(f.whole("num_attention_heads"), f.whole("num_key_value_heads"), head_width),
+            attention=GroupedShape(
+                f.whole("num_attention_heads", most=MOST_HEADS),
+                f.whole("num_key_value_heads", most=MOST_HEADS),
+                head_width,
+            ),
             dense_width=f.whole("intermediate_size"),
             sparse=_read_sparse(f) if draft or SPARSE in kinds else None,
             epsilon=_read_epsilon(f),
@@ -134,12 +139,13 @@ def _refuse_variants(f: Fields) -> None:
 def _read_kinds(f: Fields, characters: str, words: str) -> str:
     """One character per layer, from the field of characters or the field of words."""
     pattern, listed = f.get(characters, None), f.get(words, None)
-    if pattern is None and isinstance(listed, list):
-        pattern = "".join(WORDS.get(word, "?") for word in listed)
-    if not isinstance(pattern, str) or not pattern or not set(pattern) <= set(WORDS.values()):
+    if pattern is None and listed is not None:
+        pattern = "".join(WORDS[word] for word in f.words(words, WORDS))
+    fits = isinstance(pattern, str) and 1 <= len(pattern) <= MOST_LAYERS
+    if not fits or not set(pattern) <= set(WORDS.values()):
         raise ValueError(
-            f"config.json: wanted {characters} of the characters M * - E, or {words} of the words {', '.join(WORDS)}; "
-            f"got {pattern!r} and {listed!r}"
+            f"config.json: wanted {characters} of 1 to {MOST_LAYERS} characters M * - E, or {words} of the words "
+            f"{', '.join(WORDS)}; got {pattern!r} and {listed!r}"
         )
     return pattern
 
@@ -157,7 +163,7 @@ def _read_draft(f: Fields) -> bool:
 
 def _read_mamba(f: Fields) -> Mamba2Shape:
     return Mamba2Shape(
-        f.whole("mamba_num_heads"),
+        f.whole("mamba_num_heads", most=MOST_HEADS),
         f.whole("mamba_head_dim"),
         f.whole("ssm_state_size"),
         f.whole("n_groups"),
@@ -168,7 +174,7 @@ def _read_mamba(f: Fields) -> Mamba2Shape:
 
 def _read_sparse(f: Fields) -> SparseShape:
     f.accept("n_shared_experts", 1)
-    experts = f.whole("n_routed_experts")
+    experts = f.whole("n_routed_experts", most=MOST_EXPERTS)
     router = GroupedSigmoid(
         f.whole("num_experts_per_tok"),
         f.whole("n_group"),

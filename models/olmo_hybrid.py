@@ -19,7 +19,7 @@ from kernels_pallas.rotary import Rotary, frequencies
 from models.attention import GroupedShape
 from models.decoder import Decoder, Layer, Mixer
 from models.delta import DeltaCore, DeltaShape
-from models.hf_fields import Fields
+from models.hf_fields import MOST_HEADS, MOST_LAYERS, Fields, check_multiple
 from models.layers import MLP, Embedding, Head, Linear, RMSNorm
 from models.qwen3_5 import FULL, LINEAR
 from models.weights import Source, Weight, WeightTable, mlp_rows, weight
@@ -52,7 +52,7 @@ class Config:
         f.accept("hidden_act", "silu")
         f.accept("attention_bias", False)
         f.accept("rope_scaling", None)
-        width, heads = f.whole("hidden_size"), f.whole("num_attention_heads")
+        width, heads = f.whole("hidden_size"), f.whole("num_attention_heads", most=MOST_HEADS)
         config = cls(
             vocabulary=f.whole("vocab_size"),
             width=width,
@@ -71,35 +71,30 @@ class Config:
 
 
 def _read_kinds(f: Fields) -> tuple[str, ...]:
-    layers, listed = f.whole("num_hidden_layers"), f.get("layer_types")
-    if not isinstance(listed, list) or len(listed) != layers or not set(listed) <= {LINEAR, FULL}:
-        raise ValueError(f"config.json: wanted {layers} layer_types of {LINEAR} or {FULL}, got {listed!r}")
-    return tuple(listed)
+    return f.words("layer_types", (LINEAR, FULL), f.whole("num_hidden_layers", most=MOST_LAYERS))
 
 
 def _read_attention(f: Fields, width: int, heads: int) -> GroupedShape:
-    key_heads = f.whole_or_none("num_key_value_heads") or heads
-    if heads % key_heads or width % heads:
-        raise ValueError(
-            f"config.json: wanted num_attention_heads to divide {width} and be a multiple of {key_heads}, got {heads}"
-        )
+    key_heads = f.whole_or_none("num_key_value_heads", most=MOST_HEADS) or heads
+    check_multiple("hidden_size", width, "num_attention_heads", heads)
     f.equal("head_dim", width // heads)
     return GroupedShape(heads, key_heads, width // heads)
 
 
 def _read_delta(f: Fields, width: int, attention_heads: int) -> DeltaShape:
     """Widths of the delta rule; what a config leaves out follows from the model's width and heads."""
-    key_heads = f.whole_or_none("linear_num_key_heads") or attention_heads
+    key_heads = f.whole_or_none("linear_num_key_heads", most=MOST_HEADS) or attention_heads
     key_width = f.whole_or_none("linear_key_head_dim") or int(0.75 * width / key_heads)
     shape = DeltaShape(
         key_heads,
-        f.whole_or_none("linear_num_value_heads") or attention_heads,
+        f.whole_or_none("linear_num_value_heads", most=MOST_HEADS) or attention_heads,
         key_width,
         f.whole_or_none("linear_value_head_dim") or 2 * key_width,
         f.whole("linear_conv_kernel_dim", 4, least=2),
     )
-    if shape.heads % key_heads:
-        raise ValueError(f"config.json: wanted a multiple of {key_heads} linear value heads, got {shape.heads}")
+    check_multiple("linear_num_value_heads", shape.heads, "linear_num_key_heads", key_heads)
+    if key_width < 1:
+        raise ValueError(f"config.json: wanted linear_key_head_dim of at least 1, got {key_width} of width {width}")
     return shape
 
 

@@ -19,7 +19,7 @@ from kernels_pallas.rotary import Rotary, frequencies
 from models.attention import GatedGroupedAttention, GroupedShape, NormShape
 from models.decoder import Decoder, Draft, Layer
 from models.delta import DeltaCore, DeltaShape, read_delta
-from models.hf_fields import Fields
+from models.hf_fields import MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Fields
 from models.layers import MLP, Embedding, Head, Linear, RMSNorm
 from models.moe import Experts, GatedSharedExpert, MoE, PlainRouter, SoftmaxTopK
 from models.weights import Weight, WeightTable, expert_rows, mlp_rows, weight
@@ -69,7 +69,11 @@ class Config:
         architecture = hf["architectures"][0]
         f = Fields(_text_fields(hf, architecture), f"config.json of {architecture}")
         _refuse_variants(f)
-        attention = GroupedShape(f.whole("num_attention_heads"), f.whole("num_key_value_heads"), f.whole("head_dim"))
+        attention = GroupedShape(
+            f.whole("num_attention_heads", most=MOST_HEADS),
+            f.whole("num_key_value_heads", most=MOST_HEADS),
+            f.whole("head_dim"),
+        )
         theta, rotary_width = _read_rope(f, attention.width)
         sparse = architecture in SPARSE
         config = cls(
@@ -79,7 +83,7 @@ class Config:
             attention=attention,
             delta=read_delta(f),
             dense_width=0 if sparse else f.whole("intermediate_size"),
-            sparse=_read_sparse(f) if sparse else None,
+            sparse=read_sparse(f) if sparse else None,
             epsilon=f.number("rms_norm_eps"),
             rope_theta=theta,
             rotary_width=rotary_width,
@@ -122,24 +126,25 @@ def _refuse_variants(f: Fields) -> None:
 
 
 def _read_kinds(f: Fields) -> tuple[str, ...]:
-    layers, interval = f.whole("num_hidden_layers"), f.whole_or_none("full_attention_interval")
-    listed = f.get("layer_types", None)
-    if listed is None:
+    layers, interval = f.whole("num_hidden_layers", most=MOST_LAYERS), f.whole_or_none("full_attention_interval")
+    if f.get("layer_types", None) is None:
         if interval is None:
             raise ValueError("config.json: wanted layer_types or full_attention_interval, got neither")
         return tuple(FULL if (index + 1) % interval == 0 else LINEAR for index in range(layers))
-    if not isinstance(listed, list) or len(listed) != layers or not set(listed) <= {LINEAR, FULL}:
-        raise ValueError(f"config.json: wanted {layers} layer_types of {LINEAR} or {FULL}, got {listed!r}")
-    return tuple(listed)
+    return f.words("layer_types", (LINEAR, FULL), layers)
 
 
-def _read_sparse(f: Fields) -> SparseShape:
-    return SparseShape(
-        f.whole("num_experts"),
+def read_sparse(f: Fields) -> SparseShape:
+    """The sizes of the experts, from the fields that the Qwen families share."""
+    shape = SparseShape(
+        f.whole("num_experts", most=MOST_EXPERTS),
         f.whole("num_experts_per_tok"),
         f.whole("moe_intermediate_size"),
         f.whole("shared_expert_intermediate_size"),
     )
+    if shape.chosen > shape.experts:
+        raise ValueError(f"config.json: wanted at most {shape.experts} experts a token, got {shape.chosen}")
+    return shape
 
 
 def _read_rope(f: Fields, head_width: int) -> tuple[float, int]:
@@ -151,7 +156,7 @@ def _read_rope(f: Fields, head_width: int) -> tuple[float, int]:
     theta, factor = rope.number("rope_theta"), rope.number("partial_rotary_factor")
     rope.done()
     rotated = head_width * factor
-    if rotated != int(rotated) or int(rotated) % 2 or rotated > head_width:
+    if rotated > head_width or rotated != int(rotated) or int(rotated) % 2:
         raise ValueError(f"config.json: wanted an even number of rotated channels, got {rotated} of {head_width}")
     return theta, int(rotated)
 

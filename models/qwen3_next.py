@@ -21,10 +21,10 @@ from kernels_pallas.rotary import Rotary, frequencies
 from models.attention import GatedGroupedAttention, GroupedShape, NormShape
 from models.decoder import Decoder, Draft, Layer, Mixer
 from models.delta import DeltaCore, DeltaShape, read_delta
-from models.hf_fields import Fields
+from models.hf_fields import MOST_HEADS, MOST_LAYERS, Fields
 from models.layers import Embedding, Head, Linear, RMSNorm
 from models.moe import Experts, GatedSharedExpert, MoE, PlainRouter, SoftmaxTopK
-from models.qwen3_5 import FULL, LINEAR, SparseShape
+from models.qwen3_5 import FULL, LINEAR, SparseShape, read_sparse
 from models.weights import Weight, WeightTable, expert_rows, mlp_rows, weight
 
 ARCHITECTURES = ("Qwen3NextForCausalLM",)
@@ -53,14 +53,18 @@ class Config:
         f = Fields(hf, "config.json of Qwen3NextForCausalLM")
         _refuse_variants(f)
         f.ignore(["intermediate_size"])  # of dense layers, which are refused
-        attention = _read_attention(f)
+        attention = GroupedShape(
+            f.whole("num_attention_heads", most=MOST_HEADS),
+            f.whole("num_key_value_heads", most=MOST_HEADS),
+            f.whole("head_dim"),
+        )
         config = cls(
             vocabulary=f.whole("vocab_size"),
             width=f.whole("hidden_size"),
             kinds=_read_kinds(f),
             attention=attention,
             delta=read_delta(f),
-            sparse=_read_sparse(f),
+            sparse=read_sparse(f),
             epsilon=f.number("rms_norm_eps"),
             rope_theta=f.number("rope_theta"),
             rotary_width=_read_rotary_width(f, attention.width),
@@ -85,39 +89,17 @@ def _refuse_variants(f: Fields) -> None:
 
 
 def _read_kinds(f: Fields) -> tuple[str, ...]:
-    layers = f.whole("num_hidden_layers")
+    layers = f.whole("num_hidden_layers", most=MOST_LAYERS)
     f.ignore(["full_attention_interval"])  # a list of the layers decides, where there is one
-    listed = f.get("layer_types", None)
-    if listed is None:
+    if f.get("layer_types", None) is None:
         interval = f.whole("full_attention_interval")
         return tuple(FULL if (index + 1) % interval == 0 else LINEAR for index in range(layers))
-    if not isinstance(listed, list) or len(listed) != layers or not set(listed) <= {LINEAR, FULL}:
-        raise ValueError(f"config.json: wanted {layers} layer_types of {LINEAR} or {FULL}, got {listed!r}")
-    return tuple(listed)
-
-
-def _read_attention(f: Fields) -> GroupedShape:
-    shape = GroupedShape(f.whole("num_attention_heads"), f.whole("num_key_value_heads"), f.whole("head_dim"))
-    if shape.heads % shape.key_heads:
-        raise ValueError(f"config.json: wanted a multiple of {shape.key_heads} attention heads, got {shape.heads}")
-    return shape
-
-
-def _read_sparse(f: Fields) -> SparseShape:
-    shape = SparseShape(
-        f.whole("num_experts"),
-        f.whole("num_experts_per_tok"),
-        f.whole("moe_intermediate_size"),
-        f.whole("shared_expert_intermediate_size"),
-    )
-    if shape.chosen > shape.experts:
-        raise ValueError(f"config.json: wanted at most {shape.experts} experts a token, got {shape.chosen}")
-    return shape
+    return f.words("layer_types", (LINEAR, FULL), layers)
 
 
 def _read_rotary_width(f: Fields, head_width: int) -> int:
     rotated = head_width * f.number("partial_rotary_factor")
-    if rotated != int(rotated) or int(rotated) % 2 or rotated > head_width:
+    if rotated > head_width or rotated != int(rotated) or int(rotated) % 2:
         raise ValueError(f"config.json: wanted an even number of rotated channels, got {rotated} of {head_width}")
     return int(rotated)
 
