@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 BACKENDS = ("xla", "tpu", "gpu")
+CHUNK = 64  # tokens that a linear kind prefills at once; snapshots of a state are taken at multiples of it
 
 Content = Literal["mixed", "decode", "prefill"]
 
@@ -313,8 +314,9 @@ def check_batch(batch: RaggedBatch, tokens: int, slots: int, pages: int, page_si
     """Check a batch of NumPy arrays before it goes to the device, where a bad index would be clamped in silence.
 
     Args:
-      tokens: length of the packed token axis. slots, pages: sizes of the pools. page_size: tokens a page.
-    Raises ValueError, naming the first row that breaks a rule.
+      tokens: length of the packed token axis. slots, pages: sizes of the pools (no pages for a model that keeps none).
+      page_size: tokens a page.
+    Raises ValueError, naming the array that breaks a rule.
     """
     start, lengths = np.asarray(batch.query_start), np.diff(batch.query_start)
     rising = start[0] == 0 and start[-1] <= tokens and (lengths >= 0).all()
@@ -342,26 +344,35 @@ def _check_slots(batch: RaggedBatch, present: np.ndarray, slots: int) -> None:
         others = np.delete(write, row)
         clash = read[row] in others or read[row] in snapshot[snapshot > 0]
         _require(not clash, f"read_slot of row {row}", "written by nobody else", read[row])
+    _check_snapshots(batch, snapshot)
+
+
+def _check_snapshots(batch: RaggedBatch, slot: np.ndarray) -> None:
+    length, new = np.asarray(batch.snapshot_length), np.diff(batch.query_start)
+    at_border = (length % CHUNK == 0) | (length == new)
+    legal = (length >= 1) & (length <= new) & at_border
+    wanted = f"1 to the new tokens, a multiple of {CHUNK} or all of them"
+    _require((legal | (slot == 0)).all(), "snapshot_length", wanted, length)
 
 
 def _check_pages(batch: RaggedBatch, present: np.ndarray, lengths: np.ndarray, pages: int, page_size: int) -> None:
     table, seen = np.asarray(batch.pages), np.asarray(batch.seen)
     _require(((table >= 0) & (table < pages)).all(), "page", f"0 to {pages - 1}", table)
     _require((seen >= 0).all(), "seen", "0 or more", seen)
-    if not table.shape[1]:
-        return
-    needed = np.where(present, -(-(seen + lengths) // page_size), 0)
+    needed = np.where(present, -(-(seen + lengths) // page_size), 0) if pages else np.zeros_like(seen)
     _require((needed <= table.shape[1]).all(), "pages of a row", f"at most {table.shape[1]}", needed)
     used = np.arange(table.shape[1])[None, :] < needed[:, None]
     _require((table[used] > 0).all(), "page in use", "1 or more", table)
     first_new = seen // page_size
     new = used & (np.arange(table.shape[1])[None, :] >= first_new[:, None])
     _require(len(np.unique(table[new])) == new.sum(), "pages written", "distinct", table[new])
+    kept = np.unique(table[used & ~new])
+    _require(not np.isin(table[new], kept).any(), "pages written", "not in use for earlier tokens", table[new])
 
 
 def _require(holds: bool | np.bool, what: str, wanted: str, got: object) -> None:
     if not holds:
-        raise ValueError(f"wanted {what}: {wanted}, got {got}: the scheduler gave out a bad index")
+        raise ValueError(f"wanted {what}: {wanted}, got {got}: whoever made the batch gave out a bad index")
 
 
 # --------------------------------------------------------------------------------------------- one name, three backends

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.op import (
+    CHUNK,
     Chunks,
     RaggedBatch,
     decode_tokens,
@@ -22,8 +23,6 @@ from kernels_pallas.op import (
     store_states,
     take,
 )
-
-CHUNK = 64  # tokens; snapshots of a state are taken at multiples of it
 
 Step = Callable[[Array, Any], tuple[Array, Array]]  # state, one token -> output, state
 Chunk = Callable[[Array, Any], tuple[Array, Array]]  # state, C tokens (zeros past the end) -> outputs, state

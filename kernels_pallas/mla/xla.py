@@ -5,8 +5,9 @@
     o_t = softmax_{s <= t}(scale * (qn_t . k_s + qr_t . r_s)) v_s
 
 Prefill expands the cached rows to keys and values. Decode absorbs W into the query and the output instead, and never
-expands:  qn . (c Wk) = (qn Wk^T) . c  and  sum p (c Wv) = (sum p c) Wv. This is the definition that the kernels are
-held to.
+expands:  qn . (c Wk) = (qn Wk^T) . c  and  sum p (c Wv) = (sum p c) Wv. Products add up in float32; what lies between
+two products (the absorbed query, expanded keys and values, shares) has the dtype of the activations. This is the
+definition that the kernels are held to.
 
 Letters: T tokens, H heads, K query and key width (N without rotary, R with), V value width, Z latent width, P pages,
 S tokens a page, L layers of the pool.

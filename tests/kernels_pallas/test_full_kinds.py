@@ -19,10 +19,9 @@ TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}  # float32 against float64
 INVERSE = frequencies(ROTATED, 100.0)
 _rng = np.random.default_rng(21)
 GQA_WEIGHTS = GQAWeights(*(_rng.normal(1, 0.2, WIDTH).astype(np.float32) for _ in range(2)))
-MLA_WEIGHTS = MLAWeights(
-    _rng.normal(1, 0.2, LATENT).astype(np.float32),
-    (_rng.normal(size=(LATENT, HEADS, WIDTH + 12)) * LATENT**-0.5).astype(np.float32),
-)
+# Numbers that bfloat16 holds exactly, so that one oracle serves both dtypes.
+EXPANSION = np.asarray(_rng.normal(size=(LATENT, HEADS, WIDTH + 12)) * LATENT**-0.5, jnp.bfloat16).astype(np.float32)
+MLA_WEIGHTS = MLAWeights(_rng.normal(1, 0.2, LATENT).astype(np.float32), EXPANSION)
 
 
 def gqa_inputs(rng, tokens):
@@ -77,8 +76,9 @@ def mla_inputs(rng, tokens):
 @jax.jit
 def run_mla(inputs, pages, batch):
     rotary = rotary_tables(token_positions(batch, inputs["q"].shape[0]), INVERSE)
+    weights = MLAWeights(MLA_WEIGHTS.latent_norm, jnp.asarray(MLA_WEIGHTS.expansion, inputs["q"].dtype))
     return MLA.on("xla")(
-        inputs["q"], inputs["latent"], MLA_WEIGHTS, rotary, pages, LAYER, batch, scale=0.3, epsilon=EPSILON
+        inputs["q"], inputs["latent"], weights, rotary, pages, LAYER, batch, scale=0.3, epsilon=EPSILON
     )
 
 
@@ -117,6 +117,15 @@ def test_prefill_equals_the_oracle(case, length):
     out, _ = step([inputs], make_batch([length, 0, 0, 0]), pages())
     np.testing.assert_allclose(out[:length], oracle(inputs), **TOLERANCE)
     assert (out[length:] == 0).all()
+
+
+def test_bfloat16(case):
+    make, step, oracle, pages = case
+    rounded = {name: value.astype(jnp.bfloat16) for name, value in make(np.random.default_rng(4), 65).items()}
+    out, _ = step([rounded], make_batch([65, 0, 0, 0]), pages().astype(jnp.bfloat16))
+    wanted = oracle(rounded)
+    assert out.dtype == jnp.bfloat16
+    assert np.linalg.norm(out[:65].astype(np.float64) - wanted) < 1e-2 * np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize("cuts", [(1,), (16, 40), (63, 64, 65)])

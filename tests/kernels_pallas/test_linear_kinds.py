@@ -1,6 +1,7 @@
 """Laws 1 and 2 for every linear kind in plain jnp: token-by-token oracle, pieces, mixed batches, slots, snapshots."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -59,6 +60,23 @@ def test_prefill_equals_the_oracle(case, length):
     np.testing.assert_allclose(out, wanted, **TOLERANCE)
     for state, want in zip(states, wanted_states, strict=True):
         np.testing.assert_allclose(state, want, **TOLERANCE)
+
+
+def test_bfloat16_inputs_keep_a_float32_state(case):
+    """Outputs are rounded to bfloat16 once; states come from the rounded inputs in float32."""
+    inputs = case.inputs(np.random.default_rng(6), 130)
+    rounded = {name: value.astype(jnp.bfloat16) for name, value in inputs.items()}
+    out, states = alone(case, rounded)
+    wanted, wanted_states = case.oracle(rounded, 0, fresh_states(case))
+    assert out.dtype == jnp.bfloat16
+    assert relative_error(out, wanted) < 1e-2
+    for state, want in zip(states, wanted_states, strict=True):
+        assert relative_error(state, want) < 2e-3
+
+
+def relative_error(got, wanted):
+    got = np.asarray(got, np.float64)
+    return np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
