@@ -1,6 +1,7 @@
 """The command `hybrid-jax`: one verb a function, its flags made from the function's arguments.
 
-Exit codes: 0 done; 1 a problem was found (`verify`) or something unexpected; 2 bad usage, config or checkpoint.
+Exit codes: 0 done; 1 a problem was found in a checkpoint, or something unexpected happened; 2 bad usage, config or
+checkpoint; 130 interrupted.
 """
 
 import json
@@ -27,6 +28,7 @@ from models.registry import find_family
 
 Model = Annotated[str, tyro.conf.Positional]
 Directory = Annotated[Path, tyro.conf.Positional]
+CONFIG_ONLY = ("config.json",)
 
 
 def routing(model: Model, /, json: bool = False, dtype: Dtype = "bfloat16", backend: Backend = "auto") -> None:
@@ -40,7 +42,7 @@ def routing(model: Model, /, json: bool = False, dtype: Dtype = "bfloat16", back
         dtype: of weights and caches.
         backend: who computes attention; 'auto' takes the platform's own kernel where there is one.
     """
-    found = _read_routing(find_model(model), dtype, backend)
+    found = _read_routing(find_model(model, CONFIG_ONLY), dtype, backend)
     if json:
         print(_dump(to_json(found)))
         return
@@ -97,9 +99,10 @@ def generate(
         max_tokens=min(max_tokens, max(llm.max_model_len - len(tokens), 1)),
         ignore_eos=ignore_eos,
     )
+    pieces = llm.stream(tokens, params)
     if not chat:
         print(prompt, end="", flush=True)
-    for piece in llm.stream(tokens, params):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
 
@@ -117,22 +120,25 @@ def convert(source: Directory, destination: Directory, /, to: Literal["orbax", "
         verb(source, destination, progress)
 
 
-def inspect(path: Directory, /) -> None:
-    """Print what a checkpoint holds.
+def inspect(model: Model, /) -> None:
+    """Print what a checkpoint holds. Ends with exit code 1 where `verify` would find a problem.
 
     Args:
-        path: a checkpoint directory or a config.json.
+        model: a checkpoint directory, a config.json, or 'demo'.
     """
-    inspection.render_inspection(inspection.inspect(path), Console())
+    found = inspection.inspect(find_model(model))
+    inspection.render_inspection(found, Console())
+    if found.problems:
+        raise SystemExit(1)
 
 
-def verify(path: Directory, /) -> None:
+def verify(model: Model, /) -> None:
     """Check a checkpoint: files, index, names and shapes are those that its config asks for, and nothing is left over.
 
     Args:
-        path: a checkpoint directory.
+        model: a checkpoint directory, or 'demo'.
     """
-    found = inspection.verify(path)
+    found = inspection.verify(find_model(model))
     inspection.render_verification(found, Console())
     if found.problems:
         raise SystemExit(1)
@@ -151,11 +157,13 @@ def main() -> None:
     """Run one verb; a bad input is one message and exit code 2."""
     try:
         tyro.extras.subcommand_cli_from_dict(VERBS, prog="hybrid-jax", description=__doc__)
-    except (ValueError, NotImplementedError) as error:
-        print(f"hybrid-jax: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read us has gone
+    except (ValueError, NotImplementedError, OSError) as error:
+        print(f"hybrid-jax: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def _read_routing(path: Path, dtype: Dtype, backend: Backend) -> Routing:

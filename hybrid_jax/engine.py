@@ -126,8 +126,9 @@ def _page_table(requests: Sequence[Request], rows: int, page_size: int) -> np.nd
 
 def score(runner: Runner, config: EngineConfig, tokens: Sequence[int]) -> np.ndarray:
     """The logits `[T, Y]`, float32, after each of the tokens of one new request."""
-    pages = power_of_two(-(-len(tokens) // config.page_size))
-    table = np.arange(1, pages + 1, dtype=np.int32)[None]
+    pages = -(-len(tokens) // config.page_size)
+    table = np.zeros((1, power_of_two(pages)), np.int32)
+    table[0, :pages] = np.arange(1, pages + 1)
     one, none = np.ones(1), np.zeros(1)
     parts: list[np.ndarray] = []
     seen = 0

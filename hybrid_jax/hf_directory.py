@@ -51,8 +51,11 @@ def find_file(directory: Path, name: str) -> Path:
     Raises ValueError where the file is missing, is no regular file or lies elsewhere.
     """
     check_file_name(name)
-    root = directory.resolve()
-    path = (root / name).resolve()
+    try:
+        root = directory.resolve()
+        path = (root / name).resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links is either, depending on the version of Python
+        raise ValueError(f"{name}: wanted a file of the checkpoint, got {error}") from None
     allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(path.is_relative_to(place) for place in allowed):
         raise ValueError(f"{name}: wanted a file within the checkpoint, got a link out of it")

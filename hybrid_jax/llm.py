@@ -6,9 +6,11 @@ print(llm.generate("Once upon a time", SamplingParams(max_tokens=64))[0].outputs
 """
 
 import itertools
-import json
+import operator
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,10 @@ from hybrid_jax.hub import find_model
 from hybrid_jax.request import CompletionOutput, FinishReason, Request, RequestOutput, SamplingParams, make_request
 from hybrid_jax.routing import Routing, route_model, summary
 from hybrid_jax.runner import Runner
-from hybrid_jax.tokenizer import Detokenizer, StopMatcher, Tokenizer
+from hybrid_jax.tokenizer import Detokenizer, StopMatcher, Tokenizer, read_json_object, stated_eos_ids
 from models.registry import find_family
 
 DEFAULT_MODEL_LEN = 8192
-GENERATION_CONFIG, GENERATION_CONFIG_BYTES = "generation_config.json", 2**20
 Prompt = str | Sequence[int]
 
 
@@ -63,7 +64,7 @@ class LLM:
         self.model_config = family.Config.from_hf(hf)
         self.max_model_len = _fit_length(max_model_len, self.model_config.max_positions)
         self.tokenizer = Tokenizer.find(self.path)
-        self.eos_token_ids = self.tokenizer.eos_token_ids if self.tokenizer else _eos_of(hf)
+        self.eos_token_ids = self.tokenizer.eos_token_ids if self.tokenizer else stated_eos_ids(self.path)
         self.default_params = _default_params(self.path)
         abstract = nnx.eval_shape(
             lambda: family.Model(self.model_config, rngs=nnx.Rngs(0), dtype=dtype, backend=backend)
@@ -80,6 +81,7 @@ class LLM:
         merged = nnx.merge(graph, loaded)
         self._runner = Runner(merged, self.routing, pages, max_num_seqs + 1, page_size, precision)
         self._ids = itertools.count()
+        self._in_use = threading.Lock()
 
     def generate(
         self,
@@ -107,11 +109,13 @@ class LLM:
         return outputs
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
-        """Generate an answer to one prompt, piece by piece as the text becomes final."""
+        """Generate an answer to one prompt, piece by piece as the text becomes final.
+
+        Until the stream is at its end or closed, this LLM does nothing else. Raises as `generate` does, at once.
+        """
         requests = self._requests([prompt], sampling_params)
-        for _, text in self._run(requests, [_Answer(requests[0], self._text())]):
-            if text:
-                yield text
+        answers = [_Answer(requests[0], self._text())]
+        return (text for _, text in self._run(requests, answers) if text)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Raises ValueError where the model has no tokenizer."""
@@ -126,33 +130,52 @@ class LLM:
 
         Raises ValueError for no tokens, more than `max_model_len`, and an id outside the vocabulary.
         """
+        token_ids = _token_ids(token_ids)
         if not 0 < len(token_ids) <= self.max_model_len:
             raise ValueError(
                 f"wanted 1 to max_model_len={self.max_model_len} token ids, got {len(token_ids)}: cut them"
             )
         self._check_ids(token_ids)
-        return score(self._runner, self.config, token_ids)
+        with self._alone():
+            return score(self._runner, self.config, token_ids)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The cache has one user at a time: two would hand out the same slots and pages."""
+        if not self._in_use.acquire(blocking=False):
+            raise ValueError(
+                "wanted an idle LLM, got one whose stream is still running: read it to its end or close it"
+            )
+        try:
+            yield
+        finally:
+            self._in_use.release()
 
     def _run(self, requests: list[Request], answers: list["_Answer"]) -> Iterator[tuple[int, str]]:
         """Run requests together; each row's new text as it becomes final."""
-        engine = Engine(self._runner, self.config, requests, self.eos_token_ids)
-        while engine.unfinished:
-            for progress in engine.step():
-                text = answers[progress.row].push(progress)
-                if answers[progress.row].finish_reason is not None:
-                    engine.stop(progress.row)
-                yield progress.row, text
+        with self._alone():
+            engine = Engine(self._runner, self.config, requests, self.eos_token_ids)
+            while engine.unfinished:
+                for progress in engine.step():
+                    text = answers[progress.row].push(progress)
+                    if answers[progress.row].finish_reason is not None:
+                        engine.stop(progress.row)
+                    yield progress.row, text
 
     def _requests(
         self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Request]:
         params = self.default_params if params is None else params
+        if not isinstance(params, SamplingParams | Sequence) or isinstance(params, str):
+            raise ValueError(
+                f"wanted SamplingParams or a list of them, got {type(params).__name__}: pass SamplingParams(…)"
+            )
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"wanted one SamplingParams for all prompts or {len(prompts)}, got {len(each)}")
         made = []
         for prompt, one in zip(prompts, each, strict=True):
-            ids = self._text().encode(prompt) if isinstance(prompt, str) else list(prompt)
+            ids = self._text().encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
             self._check_ids(ids)
             made.append(make_request(str(next(self._ids)), ids, one, self.max_model_len))
             if one.stop:
@@ -227,9 +250,21 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A list of prompts, from one prompt or several."""
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Sequence | np.ndarray):
+        raise ValueError(f"wanted a text, token ids, or a list of these, got {type(prompts).__name__}")
     first = prompts[0] if len(prompts) else None
     listed: Any = [prompts] if isinstance(first, int | np.integer) else prompts
     return list(listed)
+
+
+def _token_ids(values: Sequence[int]) -> list[int]:
+    """Token ids as plain integers. Raises ValueError for anything else, even a number that is nearly one."""
+    try:
+        if not any(isinstance(value, bool) for value in values):
+            return [operator.index(value) for value in values]
+    except TypeError:
+        pass
+    raise ValueError(f"wanted a list of token ids, whole numbers, got {str(values)[:80]}")
 
 
 def _fit_length(asked: int | None, positions: int) -> int:
@@ -240,16 +275,20 @@ def _fit_length(asked: int | None, positions: int) -> int:
 
 def _default_params(directory: Path) -> SamplingParams:
     """How the checkpoint says that it wants to be sampled, in its generation_config.json."""
-    path = directory / GENERATION_CONFIG
-    stated = json.loads(path.read_bytes()[:GENERATION_CONFIG_BYTES]) if path.is_file() else {}
-    names = ("temperature", "top_k", "top_p", "min_p")
-    return SamplingParams(**{name: stated[name] for name in names if stated.get(name) is not None})
-
-
-def _eos_of(hf: dict[str, object]) -> tuple[int, ...]:
-    text = hf.get("text_config")
-    found = hf.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
-    return () if found is None else tuple(found) if isinstance(found, list) else (int(str(found)),)
+    stated = read_json_object(directory / "generation_config.json")
+    known = {name: stated.get(name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    if stated.get("do_sample") is False:
+        known["temperature"] = 0.0
+    default = SamplingParams()
+    try:
+        return SamplingParams(
+            temperature=default.temperature if known["temperature"] is None else known["temperature"],
+            top_k=default.top_k if known["top_k"] is None else known["top_k"],
+            top_p=default.top_p if known["top_p"] is None else known["top_p"],
+            min_p=default.min_p if known["min_p"] is None else known["min_p"],
+        )
+    except ValueError as error:
+        raise ValueError(f"generation_config.json: {error}") from None
 
 
 def _backends(routing: Routing) -> str:

@@ -1,7 +1,7 @@
 """What a user asks for and what comes back: sampling parameters, a request, its outputs.
 
 Everything here is a value: checked when it is made, never changed afterwards. Knows nothing of text (`tokenizer.py`),
-of the schedule (`scheduler.py`) or of devices (`sampling.py`), and imports no JAX.
+of the schedule (the engine) or of devices (`sampling.py`), and imports no JAX.
 """
 
 import secrets

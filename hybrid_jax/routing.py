@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from rich.markup import escape
 from rich.table import Table
 
 from kernels_pallas.op import KVSpec, Place, StateSpec
@@ -113,7 +114,7 @@ def to_json(routing: Routing) -> dict[str, Any]:
 
 def to_table(routing: Routing, title: str) -> Table:
     """The routing as a table; neighbouring layers with the same route share a line."""
-    table = Table("role", "layer", "kind", "keeps", "bytes", "backend", title=title, title_justify="left")
+    table = Table("role", "layer", "kind", "keeps", "bytes", "backend", title=escape(title), title_justify="left")
     for first, last, route in _runs(routing.routes):
         index = str(first) if first == last else f"{first}-{last}"
         arrays = " + ".join(array.name for array in route.memory.arrays)

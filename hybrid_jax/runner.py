@@ -4,6 +4,7 @@
 the device, `score` gives the logits of every token. The runner knows arrays and rows, not requests or text.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,7 +30,8 @@ class Runner:
         graph, self._state = nnx.split(model)
         self._pages, self._slots, self._page_size = pages, slots, page_size
         self._precision = precision
-        self._cache = allocate(model.specs, routing, pages, slots, page_size)
+        self._empty_cache = partial(allocate, model.specs, routing, pages, slots, page_size)
+        self._cache = self._empty_cache()
         self._prefill = jax.jit(partial(_prefill, graph), donate_argnums=(1,))
         self._decode = jax.jit(partial(_decode, graph), static_argnames=("steps",), donate_argnums=(1,))
         self._score = jax.jit(partial(_score, graph), donate_argnums=(1,))
@@ -37,9 +39,8 @@ class Runner:
     def prefill(self, tokens: np.ndarray, batch: RaggedBatch, rows: SamplingRows) -> tuple[np.ndarray, np.ndarray]:
         """Run packed tokens `[T]`; the next token and the end reason of each row `[B]`."""
         self._check(batch, len(tokens))
-        with jax.default_matmul_precision(self._precision):
-            token, reason, self._cache = self._prefill(self._state, self._cache, tokens, batch, rows)
-        return np.asarray(token), np.asarray(reason)
+        token, reason = self._run(self._prefill, tokens, batch, rows)
+        return token, reason
 
     def decode(
         self, tokens: np.ndarray, batch: RaggedBatch, rows: SamplingRows, steps: int
@@ -47,16 +48,28 @@ class Runner:
         """Generate from each row's newest token `[B]`: tokens `[steps, B]`, each row's count and end reason `[B]`."""
         ahead = np.maximum(np.minimum(steps, rows.token_limit - rows.sampled) - 1, 0)
         self._check(replace(batch, seen=batch.seen + np.where(np.diff(batch.query_start) > 0, ahead, 0)), len(tokens))
-        with jax.default_matmul_precision(self._precision):
-            made, count, reason, self._cache = self._decode(self._state, self._cache, tokens, batch, rows, steps=steps)
-        return np.asarray(made), np.asarray(count), np.asarray(reason)
+        made, count, reason = self._run(partial(self._decode, steps=steps), tokens, batch, rows)
+        return made, count, reason
 
     def score(self, tokens: np.ndarray, batch: RaggedBatch) -> np.ndarray:
         """The logits `[T, Y]`, float32, of every packed token."""
         self._check(batch, len(tokens))
-        with jax.default_matmul_precision(self._precision):
-            logits, self._cache = self._score(self._state, self._cache, tokens, batch)
-        return np.asarray(logits)
+        (logits,) = self._run(self._score, tokens, batch)
+        return logits
+
+    def _run(self, program: Callable[..., tuple[Any, ...]], *arguments: Any) -> list[np.ndarray]:
+        """Call a program, which takes the cache and gives it back as the last result; the other results on the host.
+
+        If anything interrupts the call, the donated cache is lost: what the requests had in it is gone, and the next
+        call starts with an empty one.
+        """
+        try:
+            with jax.default_matmul_precision(self._precision):
+                *results, self._cache = program(self._state, self._cache, *arguments)
+            return [np.asarray(result) for result in results]
+        except BaseException:
+            self._cache = self._empty_cache()
+            raise
 
     def compiled_decode(self, tokens: np.ndarray, batch: RaggedBatch, rows: SamplingRows, steps: int) -> Any:
         """The compiled decode program for these shapes, to be looked at."""

@@ -53,7 +53,7 @@ class Tokenizer:
         Raises ValueError naming the file that is missing, too large, no JSON or no tokenizer with a byte-level decoder.
         """
         backend = _read_backend(directory / TOKENIZER_FILE)
-        settings = _read_json(directory / "tokenizer_config.json")
+        settings = read_json_object(directory / "tokenizer_config.json")
         added = backend.get_added_tokens_decoder()
         return Tokenizer(
             backend=backend,
@@ -146,7 +146,8 @@ def _read_bytes(path: Path, limit_bytes: int) -> bytes | None:
     return content
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A small JSON file of a checkpoint, empty where there is none. Raises ValueError naming the file."""
     content = _read_bytes(path, JSON_FILE_BYTES)
     if content is None:
         return {}
@@ -186,12 +187,16 @@ def _check_decoder(backend: tokenizers.Tokenizer, file_name: str) -> None:
 
 
 def _eos_token_ids(directory: Path, backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> tuple[int, ...]:
-    ids: dict[int, None] = {}  # a set that keeps the order
     eos_token = _special_tokens(settings).get("eos_token")
-    if eos_token is not None and (token_id := backend.token_to_id(eos_token)) is not None:
-        ids[token_id] = None
+    own = None if eos_token is None else backend.token_to_id(eos_token)
+    return tuple(dict.fromkeys([*([] if own is None else [own]), *stated_eos_ids(directory)]))
+
+
+def stated_eos_ids(directory: Path) -> tuple[int, ...]:
+    """The ids that generation_config.json and config.json of a checkpoint name as the end. Raises ValueError."""
+    ids: dict[int, None] = {}  # a set that keeps the order
     for name in ("generation_config.json", "config.json"):
-        config = _read_json(directory / name)
+        config = read_json_object(directory / name)
         text_config = config.get("text_config")
         for part in (config, text_config if isinstance(text_config, dict) else {}):
             ids |= dict.fromkeys(_id_list(part.get("eos_token_id"), name))

@@ -55,6 +55,17 @@ def test_convert_both_ways_and_verify(tmp_path):
     assert run("verify", back).returncode == 1
 
 
+def test_a_loop_of_links_is_one_message(tmp_path):
+    (tmp_path / "config.json").symlink_to(tmp_path / "config.json")
+    done = run("routing", tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_verify_and_inspect_take_the_demo():
+    assert run("verify", "demo").returncode == 0
+    assert run("inspect", "demo").returncode == 0
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -63,6 +74,9 @@ def test_convert_both_ways_and_verify(tmp_path):
         (["frobnicate"], ""),
         (["generate", "demo", "--prompt", "x", "--temperature", "9"], "wanted temperature from 0 to 2"),
         (["routing", "demo", "--backend", "gpu"], "has no gpu kernel"),
+        (["routing", "m[/x]"], "wanted a model directory"),
+        (["routing", "x" * 5000], "hybrid-jax:"),
+        (["convert", FOLDER / "ling2_5", "/dev/null/x", "--to", "orbax"], "hybrid-jax:"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(arguments, message):

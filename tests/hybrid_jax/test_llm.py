@@ -172,6 +172,96 @@ def test_prompts_that_do_not_fit_are_refused(fixture_llm):
         fixture_llm.generate([[1], [2]], [GREEDY])
 
 
+def test_logits_of_any_legal_length(fixture_llm):
+    tokens = np.random.default_rng(2).integers(0, 256, 128).tolist()
+    whole = fixture_llm.logits(tokens)
+    one_row = LLM(FOLDER / "qwen3_5", "float32", max_model_len=112, max_num_seqs=1, page_size=16)
+    np.testing.assert_allclose(one_row.logits(tokens[:112]), whole[:112], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(one_row.logits(tokens[:70]), whole[:70], rtol=0, atol=1e-4)
+
+
+def test_one_user_of_the_cache_at_a_time(demo):
+    whole = "".join(demo.stream("The sea", GREEDY))
+    stream = demo.stream("The sea", GREEDY)
+    first = next(stream)
+    for intruder in (
+        lambda: demo.generate("Rain", GREEDY),
+        lambda: demo.logits([1]),
+        lambda: next(demo.stream("Rain")),
+    ):
+        with pytest.raises(ValueError, match="stream is still running"):
+            intruder()
+    assert first + "".join(stream) == whole
+    unread = demo.stream("The sea", GREEDY)
+    next(unread)
+    unread.close()
+    assert demo.generate("The sea", GREEDY)[0].outputs[0].text == whole
+
+
+def test_an_interrupted_call_loses_no_more_than_its_requests(demo, monkeypatch):
+    before = demo.generate("The sea", GREEDY)
+    program = demo._runner._decode
+
+    def interrupted(*arguments, **keywords):
+        program(*arguments, **keywords)  # the cache is donated and gone
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo._runner, "_decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo.generate("The sea", GREEDY)
+    monkeypatch.undo()
+    assert demo.generate("The sea", GREEDY)[0].outputs == before[0].outputs
+
+
+def test_token_ids_may_be_arrays_but_must_be_whole(fixture_llm):
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    wanted = fixture_llm.generate([5, 6, 7], params)[0].outputs
+    assert fixture_llm.generate(np.array([5, 6, 7]), params)[0].outputs == wanted
+    assert fixture_llm.generate([np.array([5, 6, 7])], params)[0].outputs == wanted
+    for bad in ([1.7, 2.0], [True, 2], ["a"], [None]):
+        with pytest.raises(ValueError, match="wanted a list of token ids"):
+            fixture_llm.logits(bad)
+    for bad in (None, {"prompt": "x"}, 7):
+        with pytest.raises(ValueError, match="wanted a text, token ids"):
+            fixture_llm.generate(bad)
+    with pytest.raises(ValueError, match="wanted SamplingParams"):
+        fixture_llm.generate([1], {"temperature": 0})
+
+
+def copy_with_generation_config(tmp_path, text):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((FOLDER / "qwen3_5" / name).read_bytes())
+    (tmp_path / "generation_config.json").write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "text, temperature, top_p",
+    [
+        ("{}", 1.0, 1.0),
+        ('{"do_sample": false, "temperature": 0.6}', 0.0, 1.0),
+        ('{"temperature": 0.6, "top_p": 0.9, "top_k": null}', 0.6, 0.9),
+        ('{"temperature": 0}', 0.0, 1.0),
+    ],
+)
+def test_the_checkpoint_says_how_it_is_sampled(tmp_path, text, temperature, top_p):
+    llm = LLM(copy_with_generation_config(tmp_path, text), max_model_len=64, max_num_seqs=1)
+    assert (llm.default_params.temperature, llm.default_params.top_p) == (temperature, top_p)
+
+
+def test_end_ids_are_read_without_a_tokenizer(tmp_path):
+    path = copy_with_generation_config(tmp_path, '{"eos_token_id": [7, 9]}')
+    assert LLM(path, max_model_len=64, max_num_seqs=1).eos_token_ids == (7, 9, 2)
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "{bad", '{"eos_token_id": [null]}', '{"eos_token_id": -5}', '{"temperature": 9}']
+)
+def test_a_bad_generation_config_is_named(tmp_path, text):
+    with pytest.raises(ValueError, match="generation_config.json"):
+        LLM(copy_with_generation_config(tmp_path, text), max_model_len=64, max_num_seqs=1)
+
+
 def test_models_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(ValueError, match="not found"):
         LLM("no-such-model")
