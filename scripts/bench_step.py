@@ -21,7 +21,7 @@ from flax import nnx
 
 from hybrid_jax.engine import power_of_two
 from hybrid_jax.request import SamplingParams, make_request
-from hybrid_jax.routing import Routing, route_model
+from hybrid_jax.routing import Routing, keeps_pages, route_model, unit_bytes
 from hybrid_jax.runner import Runner
 from hybrid_jax.sampling import pack
 from kernels_pallas.op import host_batch
@@ -57,19 +57,29 @@ def copy_bandwidth() -> float:
     return 2 * x.nbytes / statistics.median(seconds)
 
 
-def weight_bytes(model: Any, tokens: int) -> int:
-    """Bytes of weights that a step of `tokens` tokens reads: each expert at most once, one embedding row a token."""
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
-    if model.head is not None:
-        total -= model.embedding.table[...].nbytes
-    for layer in model.layers:
-        feed = layer.feed_forward
-        if feed.__class__.__name__ == "MoE":
-            sizes = [leaf.nbytes for leaf in jax.tree.leaves(nnx.state(feed.experts))]
-            count = feed.experts.gate_up.shape[0]
-            used = count * (1 - (1 - feed.router.choose.chosen / count) ** tokens)  # expected, for random choices
-            total -= int(sum(sizes) * (1 - used / count))
-    return total
+def weight_bytes(model: Any, chosen: int, tokens: int) -> int:
+    """Bytes of weights that a decode step of `tokens` tokens reads: those of the target, each expert at most once.
+
+    Args:
+      chosen: experts that a token takes, at random: with E experts a share of 1 - (1 - chosen / E) ** tokens is read.
+    """
+    total = 0.0
+    for path, leaf in nnx.to_flat_state(nnx.state(model)):
+        name = ".".join(map(str, path))
+        share = 1.0
+        if name.startswith("draft.") or (name == "embedding.table" and model.head is not None):
+            share = 0.0
+        elif ".experts." in name:
+            share = 1 - (1 - chosen / leaf.shape[0]) ** tokens
+        total += share * leaf[...].nbytes
+    return int(total)
+
+
+def target_bytes(routing: Routing) -> tuple[int, int]:
+    """Bytes that the target's layers keep for a token and for a request."""
+    routes = [route for route in routing.routes if route.role == "target"]
+    pages = sum(unit_bytes(route) for route in routes if keeps_pages(route))
+    return pages, sum(unit_bytes(route) for route in routes) - pages
 
 
 def time_decode(runner: Runner, batch: int, context: int, steps: int) -> float:
@@ -122,11 +132,14 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}: copy {bandwidth / 1e9:.0f} GB/s", flush=True)
     model, routing = build(args.config, args.layers)
+    token_bytes, request_bytes = target_bytes(routing)
+    hf = json.loads(args.config.read_text())
+    chosen = hf.get("text_config", hf).get("num_experts_per_tok", 0)
     most = max([*args.batch, args.prefill])
     pages = most * -(-(max(args.context, 1024) + args.steps) // PAGE) + 1
     runner = Runner(model, routing, pages, most + 1, PAGE, None)
     for batch in args.batch:
-        moved = weight_bytes(model, batch) + batch * (2 * routing.request_bytes + args.context * routing.token_bytes)
+        moved = weight_bytes(model, chosen, batch) + batch * (2 * request_bytes + args.context * token_bytes)
         begin = time.perf_counter()
         seconds = time_decode(runner, batch, args.context, args.steps)
         print(

@@ -46,11 +46,11 @@ def describe_fixture(folder: Path) -> tuple[ModuleType, str, str, set[str]]:
     return family, f"`{folder.name}`: {about['class']}, {version}", drafts, {route.kind for route in routing.routes}
 
 
-def describe_config(path: Path) -> tuple[ModuleType, str]:
-    """The family of a published config, and its parameters."""
+def describe_config(path: Path) -> tuple[ModuleType, str, set[str]]:
+    """The family of a published config, its parameters, and its kinds."""
     family, routing = build(path)
     counts = [f"{count:,}" for count in routing.parameters.values()]
-    return family, f"{path.stem}: {' + '.join(counts)}"
+    return family, f"{path.stem}: {' + '.join(counts)}", {route.kind for route in routing.routes}
 
 
 def table() -> str:
@@ -61,14 +61,15 @@ def table() -> str:
     for module in sorted(set(families().values()), key=lambda module: module.__name__):
         title = (inspect.getdoc(module) or "").split("\n")[0].split(":")[0].rstrip(".")
         own = [row for row in fixtures if row[0] is module]
-        kinds = sorted(set().union(*(row[3] for row in own)))
+        published = [row for row in configs if row[0] is module]
+        kinds = sorted(set().union(*(row[-1] for row in own + published)))
         cells = [
             f"{title} (`models/{module.__name__.split('.')[-1]}.py`)",
             ", ".join(f"`{name}`" for name in module.ARCHITECTURES),
-            ", ".join(kinds) or "see the file",
+            ", ".join(kinds),
             "; ".join(row[1] for row in own) or "none: built from parts that other families prove",
             ", ".join(row[2] for row in own) or "no",
-            "; ".join(text for family, text in configs if family is module) or "none at hand",
+            "; ".join(row[1] for row in published) or "none at hand",
         ]
         rows.append("| " + " | ".join(cells) + " |")
     return HEAD + "\n".join(rows) + "\n"

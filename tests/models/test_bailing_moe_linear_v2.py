@@ -2,7 +2,6 @@
 
 import functools
 import json
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from kernels_pallas.op import Cache, Place, token_positions
 from kernels_pallas.rotary import frequencies, rotary_tables
 from models.attention import GroupedAttention, NormShape
 from models.bailing_moe_linear_v2 import Config, Model, weight_table
-from models.lightning import LightningAttention, alibi_slopes
+from models.lightning import alibi_slopes
 from tests.models.reference import FOLDER
 from tests.ragged import checked, make_batch, nan_cache
 
@@ -131,17 +130,6 @@ def test_the_fused_projection_is_queries_then_keys_then_values():
     for name in ("query_norm", "key_norm", "output"):
         nnx.update(getattr(split, name), nnx.state(getattr(fused, name)))
     np.testing.assert_allclose(mixed(fused, fused.memory), mixed(split, split.memory), rtol=0, atol=1e-6)
-
-
-def test_lightning_layers_are_those_of_the_next_generation():
-    config, model = tiny_model()
-    own = model.layers[2].mixer
-    sizes = SimpleNamespace(
-        heads=4, head_width=8, width=32, epsilon=1e-6, norm_groups=2, query_key_norm=True, slopes=config.slopes
-    )
-    other = LightningAttention(nnx.Rngs(0), sizes, 2, "float32", "xla")
-    nnx.update(other, nnx.state(own))
-    np.testing.assert_allclose(mixed(own, own.memory), mixed(other, other.memory), rtol=0, atol=1e-6)
 
 
 def test_prefill_equals_token_by_token():

@@ -89,11 +89,33 @@ def test_draft_logits(outputs):
         np.testing.assert_allclose(draft, wanted, rtol=0, atol=LOGITS * wanted.std(), err_msg=f"prompt {index}")
 
 
+def test_decoding_with_the_cache_gives_the_logits_of_a_full_forward(outputs):
+    """The longest prompt's first half in one prefill, then four tokens one by one."""
+    fixture, run = outputs
+    prompt = fixture.prompts[-1]
+    full, _, _ = run(prompt, 0)
+    graph, state = nnx.split(fixture.load())
+
+    @jax.jit
+    def forward(state, tokens, cache, batch):
+        model = nnx.merge(graph, state)
+        hidden, cache = model(tokens, cache, batch)
+        return model.logits(hidden), cache
+
+    half = len(prompt) // 2
+    padded = jnp.zeros(BUCKET, jnp.int32).at[:half].set(prompt[:half])
+    _, cache = forward(state, padded, nan_cache(nnx.merge(graph, state)), checked(make_batch([half]), BUCKET))
+    for t in range(half, half + 4):
+        one = checked(make_batch([1], [t], decodes=1, content="decode"), 1)
+        logits, cache = forward(state, jnp.asarray(prompt[t : t + 1]), cache, one)
+        np.testing.assert_allclose(logits[0], full[t], rtol=0, atol=LOGITS * full.std(), err_msg=f"token {t}")
+
+
 @pytest.mark.parametrize("name", FIXTURES)
 def test_greedy_tokens_through_the_engine(name):
     """Prompts of several lengths at once, prefilled in pieces, then decoded with the cache in the on-device loop."""
     fixture = Fixture(name)
-    llm = LLM(fixture.path, "float32", max_model_len=192, max_num_batched_tokens=128, page_size=16, decode_steps=8)
+    llm = LLM(fixture.path, "float32", max_model_len=192, max_num_batched_tokens=64, page_size=16, decode_steps=8)
     params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
     answers = llm.generate([prompt.tolist() for prompt in fixture.prompts], params)
     for index, answer in enumerate(answers):
