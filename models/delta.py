@@ -12,6 +12,7 @@ from kernels_pallas.gdn import GDN, GDNWeights
 from kernels_pallas.op import ArraySpec, Cache, Memory, Place, RaggedBatch, StateSpec
 from models.hf_fields import MOST_HEADS, Fields, check_multiple
 from models.layers import Linear, RMSNorm, matrix, vector
+from models.weights import Weight, weight
 
 
 @dataclass(frozen=True)
@@ -99,3 +100,14 @@ class DeltaCore(nnx.Module):
             beta_scale=self.beta_scale,
         )
         return self.output(out), cache.updated(place, (state, tail))
+
+
+def core_rows(ours: str, theirs: str) -> list[Weight]:
+    """Rows of a `DeltaCore` with one convolution over all channels, in a weight table."""
+    return [
+        weight(f"{ours}.convolution", f"{theirs}.conv1d.weight", "c 1 w -> w c"),
+        weight(f"{ours}.decay_log", f"{theirs}.A_log", "h -> h"),
+        weight(f"{ours}.decay_bias", f"{theirs}.dt_bias", "h -> h"),
+        weight(f"{ours}.output_norm.scale", f"{theirs}.norm.weight", "v -> v"),
+        weight(f"{ours}.output.kernel", f"{theirs}.out_proj.weight", "d v -> v d"),
+    ]

@@ -18,7 +18,7 @@ from kernels_pallas.op import Cache, Place, RaggedBatch
 from kernels_pallas.rotary import Rotary, frequencies
 from models.attention import GatedGroupedAttention, GroupedShape, NormShape
 from models.decoder import Decoder, Draft, Layer
-from models.delta import DeltaCore, DeltaShape, read_delta
+from models.delta import DeltaCore, DeltaShape, core_rows, read_delta
 from models.hf_fields import MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Fields
 from models.layers import MLP, Embedding, Head, Linear, RMSNorm
 from models.moe import Experts, GatedSharedExpert, MoE, PlainRouter, SoftmaxTopK
@@ -251,7 +251,7 @@ def weight_table(config: Config) -> WeightTable:
     for index, kind in enumerate(config.kinds):
         rows += _layer_rows(config, kind, f"layers.{index}", f"model.layers.{index}")
     if config.draft:
-        rows += _draft_rows(config)
+        rows += draft_rows(_layer_rows(config, FULL, "draft.layer", "mtp.layers.0"))
     return WeightTable(tuple(rows), canonical)
 
 
@@ -263,12 +263,12 @@ def canonical(name: str) -> str | None:
 
 
 def _layer_rows(config: Config, kind: str, ours: str, theirs: str) -> list[Weight]:
-    mixer = _attention_rows if kind == FULL else _delta_rows
+    mixer = attention_rows if kind == FULL else _delta_rows
     sparse = config.sparse
     feed_forward = (
         mlp_rows(f"{ours}.feed_forward", f"{theirs}.mlp")
         if sparse is None
-        else _moe_rows(sparse, f"{ours}.feed_forward", f"{theirs}.mlp")
+        else moe_rows(sparse, f"{ours}.feed_forward", f"{theirs}.mlp")
     )
     return [
         weight(f"{ours}.norm.scale", f"{theirs}.input_layernorm.weight", "d -> d"),
@@ -278,7 +278,8 @@ def _layer_rows(config: Config, kind: str, ours: str, theirs: str) -> list[Weigh
     ]
 
 
-def _attention_rows(ours: str, theirs: str) -> list[Weight]:
+def attention_rows(ours: str, theirs: str) -> list[Weight]:
+    """Rows of a gated attention, published with queries and gates in one matrix."""
     theirs = f"{theirs}.self_attn"
     return [
         weight(f"{ours}.query_gate.kernel", f"{theirs}.q_proj.weight", "(h c k) d -> d h c k"),
@@ -297,15 +298,12 @@ def _delta_rows(ours: str, theirs: str) -> list[Weight]:
         weight(f"{ours}.z.kernel", f"{theirs}.in_proj_z.weight", "(h v) d -> d h v"),
         weight(f"{ours}.b.kernel", f"{theirs}.in_proj_b.weight", "h d -> d h"),
         weight(f"{ours}.a.kernel", f"{theirs}.in_proj_a.weight", "h d -> d h"),
-        weight(f"{ours}.core.convolution", f"{theirs}.conv1d.weight", "c 1 w -> w c"),
-        weight(f"{ours}.core.decay_log", f"{theirs}.A_log", "h -> h"),
-        weight(f"{ours}.core.decay_bias", f"{theirs}.dt_bias", "h -> h"),
-        weight(f"{ours}.core.output_norm.scale", f"{theirs}.norm.weight", "v -> v"),
-        weight(f"{ours}.core.output.kernel", f"{theirs}.out_proj.weight", "d v -> v d"),
+        *core_rows(f"{ours}.core", theirs),
     ]
 
 
-def _moe_rows(sparse: SparseShape, ours: str, theirs: str) -> list[Weight]:
+def moe_rows(sparse: SparseShape, ours: str, theirs: str) -> list[Weight]:
+    """Rows of a mixture of experts with a gated shared expert."""
     return [
         weight(f"{ours}.router.scores.kernel", f"{theirs}.gate.weight", "e d -> d e"),
         *expert_rows(f"{ours}.experts", f"{theirs}.experts", sparse.experts),
@@ -314,11 +312,12 @@ def _moe_rows(sparse: SparseShape, ours: str, theirs: str) -> list[Weight]:
     ]
 
 
-def _draft_rows(config: Config) -> list[Weight]:
+def draft_rows(layer: list[Weight]) -> list[Weight]:
+    """Rows of a draft layer, with those of its one layer."""
     return [
         weight("draft.embedding_norm.scale", "mtp.pre_fc_norm_embedding.weight", "d -> d"),
         weight("draft.hidden_norm.scale", "mtp.pre_fc_norm_hidden.weight", "d -> d"),
         weight("draft.project.kernel", "mtp.fc.weight", "d i -> i d"),
         weight("draft.norm.scale", "mtp.norm.weight", "d -> d"),
-        *_layer_rows(config, FULL, "draft.layer", "mtp.layers.0"),
+        *layer,
     ]

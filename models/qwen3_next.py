@@ -20,12 +20,12 @@ from kernels_pallas.op import Cache, Place, RaggedBatch
 from kernels_pallas.rotary import Rotary, frequencies
 from models.attention import GatedGroupedAttention, GroupedShape, NormShape
 from models.decoder import Decoder, Draft, Layer, Mixer
-from models.delta import DeltaCore, DeltaShape, read_delta
+from models.delta import DeltaCore, DeltaShape, core_rows, read_delta
 from models.hf_fields import MOST_HEADS, MOST_LAYERS, Fields
 from models.layers import Embedding, Head, Linear, RMSNorm
 from models.moe import Experts, GatedSharedExpert, MoE, PlainRouter, SoftmaxTopK
-from models.qwen3_5 import FULL, LINEAR, SparseShape, read_sparse
-from models.weights import Weight, WeightTable, expert_rows, mlp_rows, weight
+from models.qwen3_5 import FULL, LINEAR, SparseShape, attention_rows, draft_rows, moe_rows, read_sparse
+from models.weights import Weight, WeightTable, weight
 
 ARCHITECTURES = ("Qwen3NextForCausalLM",)
 
@@ -204,7 +204,7 @@ def weight_table(config: Config) -> WeightTable:
     for index, kind in enumerate(config.kinds):
         rows += _layer_rows(config, kind, f"layers.{index}", f"model.layers.{index}")
     if config.draft:
-        rows += _draft_rows(config)
+        rows += draft_rows(_layer_rows(config, FULL, "draft.layer", "mtp.layers.0"))
     return WeightTable(tuple(rows), _own_name if config.draft else _without_draft)
 
 
@@ -217,24 +217,12 @@ def _without_draft(name: str) -> str | None:
 
 
 def _layer_rows(config: Config, kind: str, ours: str, theirs: str) -> list[Weight]:
-    mixer = _attention_rows if kind == FULL else _delta_rows
+    mixer = attention_rows if kind == FULL else _delta_rows
     return [
         weight(f"{ours}.norm.scale", f"{theirs}.input_layernorm.weight", "d -> d"),
         weight(f"{ours}.feed_forward_norm.scale", f"{theirs}.post_attention_layernorm.weight", "d -> d"),
         *mixer(f"{ours}.mixer", theirs),
-        *_moe_rows(config.sparse, f"{ours}.feed_forward", f"{theirs}.mlp"),
-    ]
-
-
-def _attention_rows(ours: str, theirs: str) -> list[Weight]:
-    theirs = f"{theirs}.self_attn"
-    return [
-        weight(f"{ours}.query_gate.kernel", f"{theirs}.q_proj.weight", "(h c k) d -> d h c k"),
-        weight(f"{ours}.key.kernel", f"{theirs}.k_proj.weight", "(g k) d -> d g k"),
-        weight(f"{ours}.value.kernel", f"{theirs}.v_proj.weight", "(g k) d -> d g k"),
-        weight(f"{ours}.query_norm.scale", f"{theirs}.q_norm.weight", "k -> k"),
-        weight(f"{ours}.key_norm.scale", f"{theirs}.k_norm.weight", "k -> k"),
-        weight(f"{ours}.output.kernel", f"{theirs}.o_proj.weight", "d v -> v d"),
+        *moe_rows(config.sparse, f"{ours}.feed_forward", f"{theirs}.mlp"),
     ]
 
 
@@ -243,28 +231,5 @@ def _delta_rows(ours: str, theirs: str) -> list[Weight]:
     return [
         weight(f"{ours}.query_key_value_z.kernel", f"{theirs}.in_proj_qkvz.weight", "(g p) d -> d g p"),
         weight(f"{ours}.b_a.kernel", f"{theirs}.in_proj_ba.weight", "(g c r) d -> d g c r"),
-        weight(f"{ours}.core.convolution", f"{theirs}.conv1d.weight", "c 1 w -> w c"),
-        weight(f"{ours}.core.decay_log", f"{theirs}.A_log", "h -> h"),
-        weight(f"{ours}.core.decay_bias", f"{theirs}.dt_bias", "h -> h"),
-        weight(f"{ours}.core.output_norm.scale", f"{theirs}.norm.weight", "v -> v"),
-        weight(f"{ours}.core.output.kernel", f"{theirs}.out_proj.weight", "d v -> v d"),
-    ]
-
-
-def _moe_rows(sparse: SparseShape, ours: str, theirs: str) -> list[Weight]:
-    return [
-        weight(f"{ours}.router.scores.kernel", f"{theirs}.gate.weight", "e d -> d e"),
-        *expert_rows(f"{ours}.experts", f"{theirs}.experts", sparse.experts),
-        *mlp_rows(f"{ours}.shared.mlp", f"{theirs}.shared_expert"),
-        weight(f"{ours}.shared.gate", f"{theirs}.shared_expert_gate.weight", "1 d -> d"),
-    ]
-
-
-def _draft_rows(config: Config) -> list[Weight]:
-    return [
-        weight("draft.embedding_norm.scale", "mtp.pre_fc_norm_embedding.weight", "d -> d"),
-        weight("draft.hidden_norm.scale", "mtp.pre_fc_norm_hidden.weight", "d -> d"),
-        weight("draft.project.kernel", "mtp.fc.weight", "d i -> i d"),
-        weight("draft.norm.scale", "mtp.norm.weight", "d -> d"),
-        *_layer_rows(config, FULL, "draft.layer", "mtp.layers.0"),
+        *core_rows(f"{ours}.core", theirs),
     ]
