@@ -21,7 +21,7 @@ from models.hf_fields import MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Fields, chec
 from models.layers import MLP, Embedding, Head, Linear, RMSNorm
 from models.lightning import LightningAttention, LightningShape, alibi_slopes
 from models.moe import BiasedRouter, Experts, GroupedSigmoid, MoE, SharedExpert
-from models.weights import Weight, WeightTable, expert_rows, latent_rows, mlp_rows, weight
+from models.weights import Weight, WeightTable, expert_rows, latent_rows, mlp_rows, trunk_rows, weight
 
 ARCHITECTURES = ("BailingMoeV2_5ForCausalLM",)
 
@@ -219,12 +219,7 @@ class _Parts:
 
 def weight_table(config: Config) -> WeightTable:
     """Our parameters and the published tensors."""
-    rows = [
-        weight("embedding.table", "model.word_embeddings.weight", "y d -> y d"),
-        weight("norm.scale", "model.norm.weight", "d -> d"),
-    ]
-    if not config.tied:
-        rows.append(weight("head.kernel", "lm_head.weight", "y d -> d y"))
+    rows = trunk_rows("model.word_embeddings.weight", "model.norm.weight", config.tied)
     for index in range(config.layers):
         ours, theirs = f"layers.{index}", f"model.layers.{index}"
         mixer = _latent_rows if config.is_full(index) else _lightning_rows

@@ -23,7 +23,7 @@ from models.hf_fields import MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Fields, is_f
 from models.kimi_linear import DeltaAttention, DeltaShape, delta_rows
 from models.layers import MLP, ClampedSwiGLU, Embedding, Head, Linear, RMSNorm, swiglu
 from models.moe import BiasedRouter, Experts, GroupedSigmoid, MoE, SharedExpert
-from models.weights import Weight, WeightTable, expert_rows, latent_rows, mlp_rows, weight
+from models.weights import Weight, WeightTable, expert_rows, latent_rows, mlp_rows, trunk_rows, weight
 
 ARCHITECTURES = ("BailingMoeV3ForCausalLM",)
 
@@ -280,12 +280,7 @@ def _activation(limit: float | None) -> Callable[[Array], Array]:
 
 def weight_table(config: Config) -> WeightTable:
     """Our parameters and the published tensors."""
-    rows = [
-        weight("embedding.table", "model.word_embeddings.weight", "y d -> y d"),
-        weight("norm.scale", "model.norm.weight", "d -> d"),
-    ]
-    if not config.tied:
-        rows.append(weight("head.kernel", "lm_head.weight", "y d -> d y"))
+    rows = trunk_rows("model.word_embeddings.weight", "model.norm.weight", config.tied)
     for index, full in enumerate(config.full):
         ours, theirs = f"layers.{index}", f"model.layers.{index}"
         dense = index < config.dense_layers

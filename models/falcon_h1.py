@@ -23,7 +23,7 @@ from models.hf_fields import MOST_HEADS, MOST_LAYERS, Fields, check_multiple, is
 from models.layers import MLP, Embedding, Head, RMSNorm, swiglu
 from models.mamba2 import MAMBA2_IGNORED, Mamba2Mixer, Mamba2Shape, mamba2_rows, read_mamba2
 from models.nemotron_h import attention_rows
-from models.weights import Weight, WeightTable, mlp_rows, weight
+from models.weights import Weight, WeightTable, mlp_rows, trunk_rows, weight
 
 ARCHITECTURES = ("FalconH1ForCausalLM",)
 
@@ -225,12 +225,7 @@ class _Parts:
 
 def weight_table(config: Config) -> WeightTable:
     """Our parameters and the published tensors."""
-    rows = [
-        weight("embedding.table", "model.embed_tokens.weight", "y d -> y d"),
-        weight("norm.scale", "model.final_layernorm.weight", "d -> d"),
-    ]
-    if not config.tied:
-        rows.append(weight("head.kernel", "lm_head.weight", "y d -> d y"))
+    rows = trunk_rows("model.embed_tokens.weight", "model.final_layernorm.weight", config.tied)
     for index in range(config.layers):
         rows += _layer_rows(config, f"layers.{index}", f"model.layers.{index}")
     return WeightTable(tuple(rows), canonical)

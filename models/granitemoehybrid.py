@@ -22,7 +22,7 @@ from models.layers import MLP, Embedding, Head, RMSNorm
 from models.mamba2 import MAMBA2_IGNORED, Mamba2Mixer, Mamba2Shape, mamba2_rows, read_mamba2
 from models.moe import Experts, MoE, PlainRouter, SharedExpert, SoftmaxTopK
 from models.nemotron_h import attention_rows
-from models.weights import Weight, WeightTable, weight
+from models.weights import Weight, WeightTable, trunk_rows, weight
 
 ARCHITECTURES = ("GraniteMoeHybridForCausalLM",)
 
@@ -206,12 +206,7 @@ class _Parts:
 
 def weight_table(config: Config) -> WeightTable:
     """Our parameters and the published tensors."""
-    rows = [
-        weight("embedding.table", "model.embed_tokens.weight", "y d -> y d"),
-        weight("norm.scale", "model.norm.weight", "d -> d"),
-    ]
-    if not config.tied:
-        rows.append(weight("head.kernel", "lm_head.weight", "y d -> d y"))
+    rows = trunk_rows("model.embed_tokens.weight", "model.norm.weight", config.tied)
     for index, kind in enumerate(config.kinds):
         rows += _layer_rows(config, kind, f"layers.{index}", f"model.layers.{index}")
     return WeightTable(tuple(rows), canonical)

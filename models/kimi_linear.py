@@ -22,7 +22,7 @@ from models.decoder import Decoder, Layer
 from models.hf_fields import MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Fields
 from models.layers import MLP, Axes, Embedding, Head, Linear, RMSNorm, matrix, vector
 from models.moe import BiasedRouter, Experts, GroupedSigmoid, MoE, SharedExpert
-from models.weights import NUMBERED, Source, Weight, WeightTable, expert_rows, latent_rows, mlp_rows, weight
+from models.weights import NUMBERED, Source, Weight, WeightTable, expert_rows, latent_rows, mlp_rows, trunk_rows, weight
 
 ARCHITECTURES = ("KimiLinearForCausalLM",)
 
@@ -279,12 +279,7 @@ class _Parts:
 
 def weight_table(config: Config) -> WeightTable:
     """Our parameters and the published tensors."""
-    rows = [
-        weight("embedding.table", "model.embed_tokens.weight", "y d -> y d"),
-        weight("norm.scale", "model.norm.weight", "d -> d"),
-    ]
-    if not config.tied:
-        rows.append(weight("head.kernel", "lm_head.weight", "y d -> d y"))
+    rows = trunk_rows("model.embed_tokens.weight", "model.norm.weight", config.tied)
     for index, full in enumerate(config.full):
         ours, theirs = f"layers.{index}", f"model.layers.{index}"
         dense = index < config.dense_layers

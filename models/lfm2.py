@@ -20,7 +20,7 @@ from models.decoder import Decoder, Layer, Mixer
 from models.hf_fields import LARGEST_WHOLE, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Fields, check_multiple
 from models.layers import MLP, Embedding, Head, Linear, RMSNorm, matrix
 from models.moe import BiasedRouter, Choice, Experts, RoutedExperts
-from models.weights import NUMBERED, Weight, WeightTable, expert_rows, mlp_rows, weight
+from models.weights import NUMBERED, Weight, WeightTable, expert_rows, mlp_rows, trunk_rows, weight
 
 DENSE, SPARSE = "Lfm2ForCausalLM", "Lfm2MoeForCausalLM"
 ARCHITECTURES = (DENSE, SPARSE)
@@ -252,12 +252,7 @@ class _Parts:
 
 def weight_table(config: Config) -> WeightTable:
     """Our parameters and the published tensors; `embedding_norm` is the norm before the head in spite of its name."""
-    rows = [
-        weight("embedding.table", "model.embed_tokens.weight", "y d -> y d"),
-        weight("norm.scale", "model.embedding_norm.weight", "d -> d"),
-    ]
-    if not config.tied:
-        rows.append(weight("head.kernel", "lm_head.weight", "y d -> d y"))
+    rows = trunk_rows("model.embed_tokens.weight", "model.embedding_norm.weight", config.tied)
     for index, kind in enumerate(config.kinds):
         ours, theirs = f"layers.{index}", f"model.layers.{index}"
         rows += [

@@ -24,7 +24,7 @@ from models.hf_fields import MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Fields
 from models.layers import Embedding, Head, RMSNorm
 from models.lightning import LightningAttention, LightningShape, alibi_slopes
 from models.moe import Experts, PlainRouter, RoutedExperts, SoftmaxTopK
-from models.weights import NUMBERED, Weight, WeightTable, expert_rows, weight
+from models.weights import NUMBERED, Weight, WeightTable, expert_rows, trunk_rows, weight
 
 ARCHITECTURES = ("MiniMaxText01ForCausalLM",)
 
@@ -217,12 +217,7 @@ class _Parts:
 
 def weight_table(config: Config) -> WeightTable:
     """Our parameters and the published tensors."""
-    rows = [
-        weight("embedding.table", "model.embed_tokens.weight", "y d -> y d"),
-        weight("norm.scale", "model.norm.weight", "d -> d"),
-    ]
-    if not config.tied:
-        rows.append(weight("head.kernel", "lm_head.weight", "y d -> d y"))
+    rows = trunk_rows("model.embed_tokens.weight", "model.norm.weight", config.tied)
     for index, full in enumerate(config.full):
         ours, theirs = f"layers.{index}", f"model.layers.{index}"
         mixer = _attention_rows if full else _lightning_rows

@@ -31,7 +31,7 @@ from models.squared_relu import (
     squared_relu_expert_rows,
     squared_relu_rows,
 )
-from models.weights import Weight, WeightTable, weight
+from models.weights import Weight, WeightTable, trunk_rows, weight
 
 ARCHITECTURES = ("NemotronHForCausalLM",)
 
@@ -304,12 +304,7 @@ class _Parts:
 
 def weight_table(config: Config) -> WeightTable:
     """Our parameters and the published tensors."""
-    rows = [
-        weight("embedding.table", "backbone.embeddings.weight", "y d -> y d"),
-        weight("norm.scale", "backbone.norm_f.weight", "d -> d"),
-    ]
-    if not config.tied:
-        rows.append(weight("head.kernel", "lm_head.weight", "y d -> d y"))
+    rows = trunk_rows("backbone.embeddings.weight", "backbone.norm_f.weight", config.tied)
     for index, kind in enumerate(config.kinds):
         ours, theirs = f"layers.{index}", f"backbone.layers.{index}"
         part = "mixer" if kind in (MAMBA, FULL) else "feed_forward"

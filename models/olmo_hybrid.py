@@ -22,7 +22,7 @@ from models.delta import DeltaCore, DeltaShape
 from models.hf_fields import MOST_HEADS, MOST_LAYERS, Fields, check_multiple
 from models.layers import MLP, Embedding, Head, Linear, RMSNorm
 from models.qwen3_5 import FULL, LINEAR
-from models.weights import Source, Weight, WeightTable, mlp_rows, weight
+from models.weights import Source, Weight, WeightTable, mlp_rows, trunk_rows, weight
 
 ARCHITECTURES = ("OlmoHybridForCausalLM",)
 
@@ -246,12 +246,7 @@ class _Parts:
 
 def weight_table(config: Config) -> WeightTable:
     """Our parameters and the published tensors."""
-    rows = [
-        weight("embedding.table", "model.embed_tokens.weight", "y d -> y d"),
-        weight("norm.scale", "model.norm.weight", "d -> d"),
-    ]
-    if not config.tied:
-        rows.append(weight("head.kernel", "lm_head.weight", "y d -> d y"))
+    rows = trunk_rows("model.embed_tokens.weight", "model.norm.weight", config.tied)
     for index, kind in enumerate(config.kinds):
         ours, theirs = f"layers.{index}", f"model.layers.{index}"
         rows += _attention_rows(ours, theirs) if kind == FULL else _delta_rows(config.delta, ours, theirs)

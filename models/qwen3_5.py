@@ -22,7 +22,7 @@ from models.delta import DeltaCore, DeltaShape, core_rows, read_delta
 from models.hf_fields import MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Fields
 from models.layers import MLP, Embedding, Head, Linear, RMSNorm
 from models.moe import Experts, GatedSharedExpert, MoE, PlainRouter, SoftmaxTopK
-from models.weights import Weight, WeightTable, expert_rows, mlp_rows, weight
+from models.weights import Weight, WeightTable, expert_rows, mlp_rows, trunk_rows, weight
 
 DENSE = ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM")
 SPARSE = ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM")
@@ -242,12 +242,7 @@ class _Parts:
 
 def weight_table(config: Config) -> WeightTable:
     """Our parameters and the published tensors."""
-    rows = [
-        weight("embedding.table", "model.embed_tokens.weight", "y d -> y d"),
-        weight("norm.scale", "model.norm.weight", "d -> d"),
-    ]
-    if not config.tied:
-        rows.append(weight("head.kernel", "lm_head.weight", "y d -> d y"))
+    rows = trunk_rows("model.embed_tokens.weight", "model.norm.weight", config.tied)
     for index, kind in enumerate(config.kinds):
         rows += _layer_rows(config, kind, f"layers.{index}", f"model.layers.{index}")
     if config.draft:

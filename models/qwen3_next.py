@@ -25,7 +25,7 @@ from models.hf_fields import MOST_HEADS, MOST_LAYERS, Fields
 from models.layers import Embedding, Head, Linear, RMSNorm
 from models.moe import Experts, GatedSharedExpert, MoE, PlainRouter, SoftmaxTopK
 from models.qwen3_5 import FULL, LINEAR, SparseShape, attention_rows, draft_rows, moe_rows, read_sparse
-from models.weights import Weight, WeightTable, weight
+from models.weights import Weight, WeightTable, trunk_rows, weight
 
 ARCHITECTURES = ("Qwen3NextForCausalLM",)
 
@@ -195,12 +195,7 @@ class _Parts:
 
 def weight_table(config: Config) -> WeightTable:
     """Our parameters and the published tensors."""
-    rows = [
-        weight("embedding.table", "model.embed_tokens.weight", "y d -> y d"),
-        weight("norm.scale", "model.norm.weight", "d -> d"),
-    ]
-    if not config.tied:
-        rows.append(weight("head.kernel", "lm_head.weight", "y d -> d y"))
+    rows = trunk_rows("model.embed_tokens.weight", "model.norm.weight", config.tied)
     for index, kind in enumerate(config.kinds):
         rows += _layer_rows(config, kind, f"layers.{index}", f"model.layers.{index}")
     if config.draft:

@@ -111,6 +111,12 @@ class WeightTable:
     canonical: Callable[[str], str | None]
 
 
+def trunk_rows(embedding: str, norm: str, tied: bool) -> list[Weight]:
+    """Rows of what surrounds the layers: embedding, final norm, and the head where it is not tied to the embedding."""
+    rows = [weight("embedding.table", embedding, "y d -> y d"), weight("norm.scale", norm, "d -> d")]
+    return rows if tied else [*rows, weight("head.kernel", "lm_head.weight", "y d -> d y")]
+
+
 GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 NUMBERED = ("w1", "w3", "w2")  # the same three matrices where a family numbers them
 
