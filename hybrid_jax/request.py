@@ -19,7 +19,7 @@ INT32_END = 2**31  # token ids, counts and limits are int32 on the device
 # What a step says of each row, as a number on the device and as a `finish_reason` here. ERROR: the row's logits left
 # nothing to draw from (a NaN, an infinity, or every token masked).
 RUNNING, STOP, LENGTH, ERROR = range(4)
-FinishReason = Literal["stop", "length", "error", "abort"]
+FinishReason = Literal["stop", "length", "error"]
 FINISH_REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length", "error")
 
 

@@ -130,7 +130,7 @@ def _decode(
             jnp.zeros_like(newest).at[jnp.where(running, step.query_start[:-1], batch.rows)].set(newest, mode="drop")
         )
         hidden, cache = model(packed, cache, step)
-        now = replace(rows, sampled=rows.sampled + count)
+        now = rows.advanced(count)
         token = sample(model.logits(hidden[jnp.minimum(step.query_start[:-1], batch.rows - 1)]), now)
         made = made.at[index].set(jnp.where(running, token, 0))
         reason = jnp.where(running, finished(token, now)[1], reason)

@@ -57,9 +57,9 @@ class SamplingRows:
     token_limit: Int[AnyArray, "B"]
     stop_ids: Int[AnyArray, "B I"]  # padded with -1; compared with tokens, never an index
 
-    def advanced(self) -> "SamplingRows":
-        """The rows after one more token each, for a loop on the device."""
-        return replace(self, sampled=self.sampled + 1)
+    def advanced(self, count: Int[Array, "B"]) -> "SamplingRows":
+        """The rows after `count` more tokens each, for a loop on the device."""
+        return replace(self, sampled=self.sampled + count)
 
 
 # ---------------------------------------------------------------------------------------------------------- on the host

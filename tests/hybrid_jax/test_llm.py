@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from hybrid_jax import LLM, SamplingParams
-from hybrid_jax.config import EngineConfig
+from hybrid_jax.config import CHUNK_TOKENS, EngineConfig
 from hybrid_jax.engine import cut_prompts, power_of_two
+from kernels_pallas.op import CHUNK
 from tests.models.reference import FOLDER
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -280,6 +281,10 @@ def test_models_that_are_not_there_are_refused(tmp_path):
 def test_configs_out_of_range_are_refused(change):
     with pytest.raises(ValueError, match=f"wanted {next(iter(change))}"):
         EngineConfig(**change)
+
+
+def test_the_host_cuts_prompts_where_the_kinds_cut_chunks():
+    assert CHUNK_TOKENS == CHUNK  # stated twice, since the config imports no JAX
 
 
 def test_prompts_are_cut_at_chunks_only():

@@ -183,12 +183,14 @@ def test_a_loop_on_the_device_draws_what_single_steps_draw() -> None:
 
     @jax.jit
     def loop(rows: sampling.SamplingRows) -> jax.Array:
-        return jax.lax.scan(lambda r, _: (r.advanced(), sampling.sample(logits, r)), rows, length=10)[1]
+        return jax.lax.scan(
+            lambda r, _: (r.advanced(jnp.ones_like(r.sampled)), sampling.sample(logits, r)), rows, length=10
+        )[1]
 
     tokens = np.asarray(loop(rows))
     for step in range(10):
         np.testing.assert_array_equal(tokens[step], SAMPLE(logits, rows))
-        rows = rows.advanced()
+        rows = rows.advanced(jnp.ones_like(rows.sampled))
 
 
 def test_one_program_serves_every_mix_of_requests() -> None:
