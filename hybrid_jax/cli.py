@@ -17,10 +17,12 @@ from rich.console import Console
 
 from hybrid_jax import convert as conversion
 from hybrid_jax import inspection
+from hybrid_jax import plan as planning
 from hybrid_jax.config import Backend, Dtype
 from hybrid_jax.hf_directory import read_config
 from hybrid_jax.hub import find_model
 from hybrid_jax.llm import LLM
+from hybrid_jax.memory import Limits, plan_memory
 from hybrid_jax.progress import show_progress
 from hybrid_jax.request import SamplingParams
 from hybrid_jax.routing import Routing, route_model, summary, to_json, to_table
@@ -144,8 +146,58 @@ def verify(model: Model, /) -> None:
         raise SystemExit(1)
 
 
+def plan(
+    model: Model,
+    /,
+    hbm_gib: float,
+    devices: int = 1,
+    max_model_len: int | None = None,
+    max_num_seqs: int | None = None,
+    pages: int | None = None,
+    slots: int | None = None,
+    page_size: int = Limits.page_size,
+    max_num_batched_tokens: int = Limits.max_num_batched_tokens,
+    memory_fraction: float = Limits.memory_fraction,
+    prefix_caching: bool = Limits.prefix_caching,
+    dtype: Dtype = "bfloat16",
+    backend: Backend = "auto",
+    json: bool = False,
+) -> None:
+    """Print how the memory of each device would be shared out, and what fits. Ends with exit code 2 where it does not.
+
+    Nothing is loaded; the config is enough. What is unset is worked out.
+
+    Args:
+        model: a checkpoint directory, a config.json, owner/name of a hub repository, or 'demo'.
+        hbm_gib: memory of one device, in GiB.
+        devices: devices that share every layer.
+        max_model_len: most tokens of a request, prompt and answer together.
+        max_num_seqs: most requests that run at once.
+        pages: pages of keys and values, the null page included.
+        slots: slots of states and snapshots, the null slot included.
+        page_size: tokens a page.
+        max_num_batched_tokens: most tokens of a step.
+        memory_fraction: what may be used of a device's memory.
+        prefix_caching: keep states and pages of prompts for later requests.
+        dtype: of weights and caches.
+        backend: who computes attention; plain XLA needs more temporaries than a kernel.
+        json: print one JSON object instead of a table.
+    """
+    limits = Limits(
+        max_model_len, max_num_seqs, pages, slots, page_size, max_num_batched_tokens, memory_fraction, prefix_caching
+    )
+    memory_bytes = planning.device_bytes(hbm_gib, devices)
+    built = planning.build(find_model(model, CONFIG_ONLY), dtype, backend)
+    found = plan_memory(planning.measure(built, devices), memory_bytes, limits)
+    if json:
+        print(_dump(planning.to_json(found, built.routing, devices)))
+        return
+    planning.render(found, built.routing, devices, f"{model}, {devices} x {hbm_gib:g} GiB", Console())
+
+
 VERBS: dict[str, Callable[..., None]] = {
     "routing": routing,
+    "plan": plan,
     "generate": generate,
     "convert": convert,
     "inspect": inspect,

@@ -22,23 +22,59 @@ class EngineConfig:
     max_model_len: int | None = None
     """Most tokens of a request, prompt and output together. None: the model's own limit, but at most 8192."""
 
-    max_num_seqs: int = 16
-    """Most requests that run at once; each holds one state slot."""
+    max_num_seqs: int | None = None
+    """Most requests that run at once; each holds one state slot. None: what the memory allows, up to 256, and 16 on a
+    CPU, which larger batches do not make faster."""
 
-    max_num_batched_tokens: int = 512
-    """Most tokens of one prefill step. More fill the device better, but hold larger temporaries."""
+    max_num_batched_tokens: int = 2048
+    """Most tokens of a step that reads prompts. More fill the device better, but keep requests in decode waiting."""
 
     page_size: int = 64
     """Tokens a page of keys and values: large enough for one copy by a kernel, small enough to waste little."""
 
+    pages: int | None = None
+    """Pages, the null page included. None: what the memory allows."""
+
+    slots: int | None = None
+    """State slots, the null slot included; a running request needs one, a snapshot in the prefix cache another. None:
+    what the memory allows, up to three for each request that may run."""
+
+    memory_fraction: float = 0.9
+    """Share of the device's memory for weights, pages, slots and temporaries; the rest is the driver's."""
+
     decode_steps: int = 16
     """Tokens a request may generate in one dispatch of the on-device loop, before the host looks at them."""
 
+    prefix_caching: bool = True
+    """Keep the pages and states of prompts and answers, for later requests that begin with the same tokens."""
+
+    snapshot_interval: int = 512
+    """Prompt tokens between snapshots of the state on a grid, beside those at the ends of prompts and answers and where
+    prompts branch; 0 for none. Writing one costs as much as reading it; a new one displaces the one before it first."""
+
+    max_waiting: int = 4096
+    """Most requests in line; one more is refused."""
+
+    run_ahead: bool = True
+    """Start a step before the tokens of the step before it are known, so that the device never waits for the host."""
+
+    canary: bool = False
+    """Stamp every page and slot with owner and position and check that on reading: finds faults of the engine."""
+
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "decode_steps"):
+        for name in ("max_num_batched_tokens", "page_size", "decode_steps", "max_waiting"):
             self._require(name, 1, 2**20)
-        if self.max_model_len is not None:
-            self._require("max_model_len", 2, 2**24)
+        self._require("snapshot_interval", 0, 2**20)
+        for name, least, most in (
+            ("max_model_len", 2, 2**24),
+            ("max_num_seqs", 1, 2**16),
+            ("pages", 2, 2**31 - 1),
+            ("slots", 2, 2**31 - 1),
+        ):
+            if getattr(self, name) is not None:
+                self._require(name, least, most)
+        if not 0 < self.memory_fraction <= 1:
+            raise ValueError(f"wanted memory_fraction above 0 and up to 1, got {self.memory_fraction}: set 0.9")
         if self.max_num_batched_tokens % CHUNK_TOKENS:
             raise ValueError(
                 f"wanted max_num_batched_tokens in multiples of {CHUNK_TOKENS}, got {self.max_num_batched_tokens}: "
