@@ -16,7 +16,10 @@ from pathlib import Path
 
 PACKAGES = ("kernels_pallas", "models", "hybrid_jax")
 LAYERS = (*PACKAGES, "scripts")  # imports go from the right to the left
-HOST_WING = ("config", "request", "pool", "prefix_cache", "scheduler")
+HOST_WING = (
+    *("config", "request", "step", "pool", "prefix_tree", "prefix_cache", "entry", "scheduler", "memory", "buckets"),
+    "stats",
+)
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "orbax", "optax", "models", "kernels_pallas"}
 LOWER_LAYER_LIBRARIES = {
     "kernels_pallas": {"jax", "jaxtyping", "numpy"},
