@@ -5,7 +5,7 @@ of the schedule (the engine) or of devices (`sampling.py`), and imports no JAX.
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,18 +14,25 @@ MAX_TEMPERATURE = 2.0
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARACTERS = 256  # of one stop string
 MAX_STOP_TOKEN_IDS = 16
+MAX_PENALTY = 2.0  # presence and frequency, either sign; repetition
+MAX_LOGIT_BIAS = 100.0  # either sign
+MAX_LOGIT_BIASES = 300
+MAX_LOGPROBS = 20  # alternatives of one token
 INT32_END = 2**31  # token ids, counts and limits are int32 on the device
 
 # What a step says of each row, as a number on the device and as a `finish_reason` here. ERROR: the row's logits left
-# nothing to draw from (a NaN, an infinity, or every token masked).
+# nothing to draw from (a NaN, an infinity, or every token masked). "abort" is the host's word alone: a user took the
+# request back.
 RUNNING, STOP, LENGTH, ERROR = range(4)
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "error", "abort"]
 FINISH_REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length", "error")
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How the tokens of one request are chosen and when it ends. Raises ValueError for anything out of range.
+
+    What needs the size of the vocabulary is not checked here: that every id is below it is the engine's check.
 
     temperature: 0 to 2; under 1e-5 the most likely token is taken, the lowest id on ties.
     top_k: only the k most likely tokens; 0 or -1 is off (kept as 0).
@@ -38,6 +45,13 @@ class SamplingParams:
     min_tokens: no stop id and no stop string before so many tokens.
     ignore_eos: the model's own end ids do not end the request; `stop_token_ids` still do.
     include_stop_str_in_output: the text keeps the stop string that ended it.
+    presence_penalty: -2 to 2, taken off the logit of every token that was generated before; 0 is off.
+    frequency_penalty: -2 to 2, taken off once for each time that the token was generated; 0 is off.
+    repetition_penalty: above 0 and at most 2; the logit of a token of the prompt or the output is divided by it where
+      positive, else multiplied; 1 is off.
+    logit_bias: id -> -100 to 100, added to the logit; at most 300 (kept as pairs, sorted by id).
+    allowed_token_ids: no other token is chosen, not even one with a bias (kept as a tuple); None allows all.
+    logprobs: give the log-probability of each token, with those of so many of the most likely ones, 0 to 20.
     """
 
     temperature: float = 1.0
@@ -51,6 +65,12 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] = ()
+    allowed_token_ids: Sequence[int] | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         self._set("temperature", _number("temperature", self.temperature, 0.0, MAX_TEMPERATURE))
@@ -65,7 +85,19 @@ class SamplingParams:
         _flag("include_stop_str_in_output", self.include_stop_str_in_output)
         if self.seed is not None:
             _integer("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        self._settle_shape()
         self._check_lengths()
+
+    def _settle_shape(self) -> None:
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._set(name, _number(name, getattr(self, name), -MAX_PENALTY, MAX_PENALTY))
+        self._set("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 0.0, MAX_PENALTY))
+        if self.repetition_penalty == 0.0:
+            raise ValueError("wanted repetition_penalty above 0 and at most 2, got 0: use 1 for no penalty")
+        self._set("logit_bias", _logit_bias(self.logit_bias))
+        self._set("allowed_token_ids", _allowed_token_ids(self.allowed_token_ids))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the one moment at which a frozen value may be put in its final form
@@ -83,6 +115,12 @@ class SamplingParams:
         """Whether the most likely token is taken and nothing is drawn."""
         return self.temperature < GREEDY_BELOW
 
+    @property
+    def shaped(self) -> bool:
+        """Whether the logits are changed before a token is chosen: by a penalty, a bias or a set of allowed tokens."""
+        penalised = self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+        return penalised or bool(self.logit_bias) or self.allowed_token_ids is not None
+
 
 @dataclass(frozen=True)
 class Request:
@@ -91,6 +129,8 @@ class Request:
     token_limit: most tokens to generate, with the context's end already counted in.
     seed: `params.seed`, or the entropy that was taken instead; with `choice` it replays the draws.
     choice: which of several answers to one prompt this is; they share a seed and differ in their draws.
+    priority: the smaller runs first.
+    cache_salt: requests with different salts never share what was computed for a prompt.
     """
 
     id: str
@@ -99,19 +139,30 @@ class Request:
     token_limit: int
     seed: int
     choice: int = 0
+    priority: int = 0
+    cache_salt: str = ""
 
 
 def make_request(
-    request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, max_model_len: int, choice: int = 0
+    request_id: str,
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    max_model_len: int,
+    choice: int = 0,
+    priority: int = 0,
+    cache_salt: str = "",
 ) -> Request:
     """Settle what `params` leaves open: the limit of tokens and the seed. `max_model_len` counts prompt and output.
 
-    Raises ValueError for an empty prompt, a token id that is not an int32, a negative choice, and a prompt that leaves
-    no room in the context or not as much as `max_tokens` and `min_tokens` ask for.
+    Raises ValueError for an empty prompt, a token id that is not an int32, a negative choice, a priority beyond 64
+    bits, a salt that is no string, and a prompt that leaves no room in the context or not as much as `max_tokens` and
+    `min_tokens` ask for.
     """
     prompt = tuple(_integer("prompt token id", token, 0, INT32_END - 1) for token in prompt_token_ids)
     if not prompt:
         raise ValueError("wanted at least one prompt token, got none: start from the model's begin token")
+    if not isinstance(cache_salt, str):
+        raise ValueError(f"wanted cache_salt as a string, got {cache_salt!r}: put it in quotes, or leave it out")
     return Request(
         id=request_id,
         prompt_token_ids=prompt,
@@ -119,7 +170,23 @@ def make_request(
         token_limit=_token_limit(len(prompt), params, max_model_len),
         seed=secrets.randbits(63) if params.seed is None else params.seed,
         choice=_integer("choice", choice, 0, INT32_END - 1),
+        priority=_integer("priority", priority, -(2**63), 2**63 - 1),
+        cache_salt=cache_salt,
     )
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """The log-probability (natural) of one token that was chosen, and of the most likely ones at its place.
+
+    Both are the model's own: before masks, bias, penalties and temperature.
+    top: `SamplingParams.logprobs` pairs of id and log-probability, the most likely first, the lower id on ties. The
+      chosen token may be among them; then its number is the same one.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -128,6 +195,7 @@ class CompletionOutput:
 
     finish_reason: None while it runs.
     stop_reason: the stop string or the entry of `stop_token_ids` that ended it; None for the model's own end ids.
+    logprobs: one entry for each of `token_ids`; None where they were not asked for.
     """
 
     index: int
@@ -135,6 +203,7 @@ class CompletionOutput:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     stop_reason: int | str | None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -204,6 +273,36 @@ def _stop_token_ids(ids: object) -> tuple[int, ...]:
     if len(items) > MAX_STOP_TOKEN_IDS:
         raise ValueError(f"wanted at most {MAX_STOP_TOKEN_IDS} stop_token_ids, got {len(items)}: drop some")
     return tuple(_integer("each of stop_token_ids", item, 0, INT32_END - 1) for item in items)
+
+
+def _allowed_token_ids(ids: object) -> tuple[int, ...] | None:
+    if ids is None:
+        return None
+    items = _items("allowed_token_ids", ids)
+    if not items:
+        raise ValueError("wanted at least one of allowed_token_ids, got none: leave it out to allow every token")
+    return tuple(_integer("each of allowed_token_ids", item, 0, INT32_END - 1) for item in items)
+
+
+def _logit_bias(bias: object) -> tuple[tuple[int, float], ...]:
+    """Pairs of id and bias, sorted by id, from a mapping or from such pairs."""
+    pairs = list(bias.items()) if isinstance(bias, Mapping) else _items("logit_bias", bias)
+    if len(pairs) > MAX_LOGIT_BIASES:
+        raise ValueError(f"wanted at most {MAX_LOGIT_BIASES} entries of logit_bias, got {len(pairs)}: drop some")
+    settled = dict(_biased_token(pair) for pair in pairs)
+    if len(settled) < len(pairs):
+        raise ValueError(f"wanted one logit_bias for each id, got {len(pairs)} for {len(settled)} ids: drop the others")
+    return tuple(sorted(settled.items()))
+
+
+def _biased_token(pair: object) -> tuple[int, float]:
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        raise ValueError(f"wanted logit_bias as a mapping of ids to numbers, got the entry {pair!r}: pass {{id: bias}}")
+    token, bias = pair
+    return (
+        _integer("each id of logit_bias", token, 0, INT32_END - 1),
+        _number(f"logit_bias of id {token}", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS),
+    )
 
 
 def _items(name: str, value: object) -> list[object]:

@@ -14,7 +14,8 @@ and resumed request draws what it would have drawn.
 **No sort.** Top-k, top-p and the draw are the same question: *the shortest prefix of an order whose measure reaches a
 target*. `_threshold` answers it by fixing the bits of the prefix's last key from the highest down, one masked sum each.
 
-Knows nothing of models, caches or text. Letters: B rows, Y vocabulary, I stop ids, R blocks of Q tokens.
+Knows nothing of models, caches or text, nor of what shapes the logits before (`row_tables.py`).
+Letters: B rows, Y vocabulary, I stop ids, J blocks of Q tokens, L likeliest tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from hybrid_jax.request import ERROR, GREEDY_BELOW, LENGTH, MAX_STOP_TOKEN_IDS, RUNNING, STOP, Request
+from hybrid_jax.request import ERROR, GREEDY_BELOW, LENGTH, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, RUNNING, STOP, Request
 
 NO_TOKEN = -1  # `sample` for a row with nothing to draw from; pads `stop_ids`
 DIGIT_BITS = 13  # of a fixed-point number: 2**19 weights of 2**13 still add up within 32 bits
@@ -56,6 +57,12 @@ class SamplingRows:
     min_tokens: Int[AnyArray, "B"]
     token_limit: Int[AnyArray, "B"]
     stop_ids: Int[AnyArray, "B I"]  # padded with -1; compared with tokens, never an index
+    row: Int[AnyArray, "B"]  # of `RowTables`; 0 is the null row
+    shaped: Bool[AnyArray, "B"]  # whether penalties, a bias or a set of allowed tokens are in use
+    presence: Float[AnyArray, "B"]
+    frequency: Float[AnyArray, "B"]
+    repetition: Float[AnyArray, "B"]
+    logprobs: Int[AnyArray, "B"]  # alternatives asked for; -1 is off
 
     def advanced(self, count: Int[Array, "B"]) -> "SamplingRows":
         """The rows after `count` more tokens each, for a loop on the device."""
@@ -66,12 +73,18 @@ class SamplingRows:
 
 
 def pack(
-    requests: Sequence[Request], sampled: Sequence[int], padded_rows: int, eos_token_ids: Sequence[int]
+    requests: Sequence[Request],
+    sampled: Sequence[int],
+    padded_rows: int,
+    eos_token_ids: Sequence[int],
+    rows: Sequence[int] | None = None,
 ) -> SamplingRows:
-    """One row per request, then padding, as NumPy arrays. `sampled[i]` counts the tokens that request i already has.
+    """One row per request, then padding, as NumPy arrays. `sampled[i]` counts the tokens that request i already has;
+    `rows[i]` is its row of the tables, which may be left out where no request is `shaped`.
 
     The width of `stop_ids` depends on the number of `eos_token_ids` alone, so a server compiles one shape.
-    Raises ValueError for more requests than rows, or `sampled` of another length.
+    Raises ValueError for more requests than rows, `sampled` of another length, and `rows` that are not one of its own
+    from 1 on for each request.
     """
     if len(requests) > padded_rows or len(sampled) != len(requests):
         raise ValueError(
@@ -94,7 +107,23 @@ def pack(
         min_tokens=column([p.min_tokens for p in params], 0, np.int32),
         token_limit=column([r.token_limit for r in requests], 0, np.int32),
         stop_ids=_stop_ids(requests, padded_rows, eos_token_ids),
+        row=column(_table_rows(requests, rows), 0, np.int32),
+        shaped=column([p.shaped for p in params], False, np.bool_),
+        presence=column([p.presence_penalty for p in params], 0.0, np.float32),
+        frequency=column([p.frequency_penalty for p in params], 0.0, np.float32),
+        repetition=column([p.repetition_penalty for p in params], 1.0, np.float32),
+        logprobs=column([-1 if p.logprobs is None else p.logprobs for p in params], -1, np.int32),
     )
+
+
+def _table_rows(requests: Sequence[Request], rows: Sequence[int] | None) -> Sequence[int]:
+    if rows is None:
+        if any(request.params.shaped for request in requests):
+            raise ValueError("wanted the table row of each request with penalties, bias or allowed tokens: pass rows")
+        return [0] * len(requests)
+    if len(rows) != len(requests) or len(set(rows)) != len(rows) or min(rows, default=1) < 1:
+        raise ValueError(f"wanted {len(requests)} different table rows from 1 on, got {list(rows)}: row 0 is padding's")
+    return rows
 
 
 def _seed_words(seed: int) -> tuple[int, int]:
@@ -140,6 +169,37 @@ def finished(tokens: Int[Array, "B"], rows: SamplingRows) -> tuple[Bool[Array, "
     reason_B = jnp.where(stops_B, STOP, reason_B)
     reason_B = jnp.where(tokens == NO_TOKEN, ERROR, reason_B).astype(jnp.int32)
     return reason_B != RUNNING, reason_B
+
+
+def token_logprobs(
+    logits: Float[Array, "B Y"], tokens: Int[Array, "B"], rows: SamplingRows
+) -> tuple[Float[Array, "B"], Float[Array, "B L"], Int[Array, "B L"]]:
+    """Log-softmax (natural, float32) at `tokens`, and at the 20 likeliest tokens with their ids, likeliest first.
+
+    `logits` are the model's own, not shaped ones. Of equal tokens the lower id goes first. A token among the likeliest
+    has the same bits there. All 0 for a row that does not ask (`rows.logprobs` < 0) or has `NO_TOKEN`; past the end of
+    a vocabulary of fewer than 20 tokens, -inf and `NO_TOKEN`. Raises ValueError for a vocabulary of 2**19 or more.
+    """
+    _check_vocabulary(logits)
+    asks_B = (rows.logprobs >= 0) & (tokens != NO_TOKEN)
+    zeros_BL = jnp.zeros((len(tokens), MAX_LOGPROBS))
+    nothing = zeros_BL[:, 0], zeros_BL, zeros_BL.astype(jnp.int32)
+    return jax.lax.cond(jnp.any(asks_B), _logprobs, lambda *_: nothing, logits.astype(jnp.float32), tokens, asks_B)
+
+
+def _logprobs(logits_BY: Array, tokens_B: Array, asks_B: Array) -> tuple[Array, Array, Array]:
+    """The sum under the logarithm is one of integers, so independent of the batch; off by less than 2**-39 a token."""
+    short = max(MAX_LOGPROBS - logits_BY.shape[1], 0)
+    top_BL, ids_BL = jax.lax.top_k(logits_BY, MAX_LOGPROBS - short)
+    top_BL = jnp.pad(top_BL, ((0, 0), (0, short)), constant_values=-jnp.inf)
+    ids_BL = jnp.pad(ids_BL, ((0, 0), (0, short)), constant_values=NO_TOKEN)
+    own_B1 = jnp.take_along_axis(logits_BY, jnp.maximum(tokens_B, 0)[:, None], axis=1)
+    below_BL = jnp.concatenate([own_B1, top_BL], axis=1) - top_BL[:, :1]
+    high_B, low_B = _mass_of(jnp.exp(logits_BY - top_BL[:, :1]))(jnp.ones_like(logits_BY, bool))
+    high_B -= 1 << DIGIT_BITS  # without the 1 of the likeliest token, the sum of the others keeps its digits
+    rest_B = high_B.astype(jnp.float32) * 2.0**-DIGIT_BITS + low_B.astype(jnp.float32) * 2.0 ** (-3 * DIGIT_BITS)
+    values_BL = jnp.where(asks_B[:, None], below_BL - jnp.log1p(rest_B)[:, None], 0.0)
+    return values_BL[:, 0], values_BL[:, 1:], jnp.where(asks_B[:, None], ids_BL, 0)
 
 
 def support(logits: Float[Array, "B Y"], rows: SamplingRows) -> Bool[Array, "B Y"]:
@@ -209,16 +269,16 @@ def _draw(logits_BY: Array, rows: SamplingRows) -> Array:
     """
     weights_BY = _weights(logits_BY, rows)
     weights_BY = jnp.where(_kept(logits_BY, weights_BY, rows), weights_BY, 0.0)
-    weights_BRQ = jnp.pad(weights_BY, ((0, 0), (0, -weights_BY.shape[1] % BLOCK))).reshape(len(weights_BY), -1, BLOCK)
-    measure_blocks = _sum_of([jnp.sum(digit_BRQ, axis=-1, dtype=jnp.uint32) for digit_BRQ in _digits(weights_BRQ)])
-    every_BR = jnp.ones(weights_BRQ.shape[:2], bool)
-    high_B, low_B = _scaled(measure_blocks(every_BR), _random_digits(rows))
+    weights_BJQ = jnp.pad(weights_BY, ((0, 0), (0, -weights_BY.shape[1] % BLOCK))).reshape(len(weights_BY), -1, BLOCK)
+    measure_blocks = _sum_of([jnp.sum(digit_BJQ, axis=-1, dtype=jnp.uint32) for digit_BJQ in _digits(weights_BJQ)])
+    every_BJ = jnp.ones(weights_BJQ.shape[:2], bool)
+    high_B, low_B = _scaled(measure_blocks(every_BJ), _random_digits(rows))
     target = high_B, low_B + 1
-    block_B = _first(measure_blocks, every_BR.shape, target)
-    block_B1 = jnp.minimum(block_B, every_BR.shape[1] - 1)[:, None]  # past the end where there is nothing to draw
-    before_BR = jax.lax.broadcasted_iota(jnp.int32, every_BR.shape, 1) < block_B1
-    weights_BQ = jnp.take_along_axis(weights_BRQ, block_B1[:, :, None], axis=1)[:, 0]
-    inside_B = _first(_mass_of(weights_BQ), weights_BQ.shape, _difference(target, measure_blocks(before_BR)))
+    block_B = _first(measure_blocks, every_BJ.shape, target)
+    block_B1 = jnp.minimum(block_B, every_BJ.shape[1] - 1)[:, None]  # past the end where there is nothing to draw
+    before_BJ = jax.lax.broadcasted_iota(jnp.int32, every_BJ.shape, 1) < block_B1
+    weights_BQ = jnp.take_along_axis(weights_BJQ, block_B1[:, :, None], axis=1)[:, 0]
+    inside_B = _first(_mass_of(weights_BQ), weights_BQ.shape, _difference(target, measure_blocks(before_BJ)))
     return block_B1[:, 0] * BLOCK + inside_B
 
 

@@ -18,9 +18,12 @@ def request(choice: int = 0, **params: object) -> Request:
 
 
 def packed(
-    *requests: Request, sampled: list[int] | None = None, padded_rows: int | None = None
+    *requests: Request,
+    sampled: list[int] | None = None,
+    padded_rows: int | None = None,
+    rows: list[int] | None = None,
 ) -> sampling.SamplingRows:
-    return sampling.pack(requests, sampled or [0] * len(requests), padded_rows or len(requests), EOS)
+    return sampling.pack(requests, sampled or [0] * len(requests), padded_rows or len(requests), EOS, rows)
 
 
 def widened(logits: object, rows: int, vocabulary: int) -> jax.Array:
@@ -30,6 +33,28 @@ def widened(logits: object, rows: int, vocabulary: int) -> jax.Array:
     wide[:, : logits.shape[1]] = 0.0
     wide[: len(logits), : logits.shape[1]] = logits
     return jnp.asarray(wide)
+
+
+def shape(logits: np.ndarray, params: SamplingParams, prompt: list[int], output: list[int]) -> np.ndarray:
+    """Allowed tokens and bias, then repetition, then frequency and presence, one token after the other."""
+    logits = np.asarray(logits, np.float32).astype(np.float64)
+    for token, bias in params.logit_bias:
+        logits[token] += bias
+    for token in range(len(logits)):
+        if params.allowed_token_ids is not None and token not in params.allowed_token_ids:
+            logits[token] = -np.inf
+        if token in prompt or token in output:
+            logits[token] *= 1 / params.repetition_penalty if logits[token] > 0 else params.repetition_penalty
+        logits[token] -= params.frequency_penalty * output.count(token)
+        logits[token] -= params.presence_penalty * (token in output)
+    return logits
+
+
+def logprobs(logits: np.ndarray) -> np.ndarray:
+    """Log-softmax of one row."""
+    logits = np.asarray(logits, np.float32).astype(np.float64) - np.max(logits)
+    likeliest = int(np.argmax(logits))
+    return logits - np.log1p(np.exp(np.delete(logits, likeliest)).sum())
 
 
 @dataclasses.dataclass(frozen=True)

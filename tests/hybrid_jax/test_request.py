@@ -29,8 +29,14 @@ def test_defaults() -> None:
         "min_tokens": 0,
         "ignore_eos": False,
         "include_stop_str_in_output": False,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "logit_bias": (),
+        "allowed_token_ids": None,
+        "logprobs": None,
     }
-    assert not params.greedy
+    assert not params.greedy and not params.shaped
 
 
 @pytest.mark.parametrize(
@@ -48,6 +54,15 @@ def test_defaults() -> None:
         {"stop_token_ids": [2**31 - 1]},
         {"max_tokens": 1, "min_tokens": 1},
         {"min_tokens": 7},
+        {"presence_penalty": -2, "frequency_penalty": 2},
+        {"repetition_penalty": 2},
+        {"repetition_penalty": 1e-9},
+        {"logit_bias": dict.fromkeys(range(300), 100)},
+        {"logit_bias": {2**31 - 1: -100.0}},
+        {"allowed_token_ids": range(2)},
+        {"allowed_token_ids": [2**31 - 1]},
+        {"logprobs": 0},
+        {"logprobs": 20},
     ],
     ids=str,
 )
@@ -97,6 +112,27 @@ def test_limits_are_accepted(params: dict) -> None:
         ({"min_tokens": -1}, "wanted min_tokens from 0"),
         ({"min_tokens": None}, "wanted min_tokens as an integer"),
         ({"max_tokens": 4, "min_tokens": 5}, "wanted min_tokens up to max_tokens=4, got 5"),
+        ({"presence_penalty": -2.1}, "wanted presence_penalty from -2 to 2, got -2.1"),
+        ({"frequency_penalty": NAN}, "wanted frequency_penalty from -2 to 2, got nan"),
+        ({"frequency_penalty": "1"}, "wanted frequency_penalty as a number, got '1'"),
+        ({"repetition_penalty": 0}, "wanted repetition_penalty above 0 and at most 2, got 0"),
+        ({"repetition_penalty": -1}, "wanted repetition_penalty from 0 to 2, got -1"),
+        ({"repetition_penalty": 2.1}, "wanted repetition_penalty from 0 to 2, got 2.1"),
+        ({"logit_bias": {1: 100.1}}, "wanted logit_bias of id 1 from -100 to 100, got 100.1"),
+        ({"logit_bias": {1: NAN}}, "wanted logit_bias of id 1 from -100 to 100, got nan"),
+        ({"logit_bias": {1: None}}, "wanted logit_bias of id 1 as a number, got None"),
+        ({"logit_bias": {"1": 1}}, "wanted each id of logit_bias as an integer, got '1'"),
+        ({"logit_bias": {-1: 1}}, "wanted each id of logit_bias from 0"),
+        ({"logit_bias": dict.fromkeys(range(301), 0)}, "wanted at most 300 entries of logit_bias, got 301"),
+        ({"logit_bias": [(1, 0.5), (1, 0.5)]}, "wanted one logit_bias for each id, got 2 for 1 ids"),
+        ({"logit_bias": [1]}, "wanted logit_bias as a mapping of ids to numbers, got the entry 1"),
+        ({"logit_bias": None}, "wanted logit_bias as a list or tuple, got None"),
+        ({"allowed_token_ids": []}, "wanted at least one of allowed_token_ids, got none"),
+        ({"allowed_token_ids": [-1]}, "wanted each of allowed_token_ids from 0"),
+        ({"allowed_token_ids": 5}, "wanted allowed_token_ids as a list or tuple, got 5"),
+        ({"logprobs": 21}, "wanted logprobs from 0 to 20, got 21"),
+        ({"logprobs": -1}, "wanted logprobs from 0 to 20, got -1"),
+        ({"logprobs": True}, "wanted logprobs as an integer, got True"),
         ({"ignore_eos": 1}, "wanted ignore_eos as True or False, got 1"),
         ({"include_stop_str_in_output": None}, "wanted include_stop_str_in_output as True or False, got None"),
     ],
@@ -119,6 +155,8 @@ def test_refusals_say_wanted_got_and_what_to_do(params: dict, message: str) -> N
         st.text(max_size=3),
         st.lists(st.one_of(st.integers(), st.text(max_size=2), st.none()), max_size=20),
         st.dictionaries(st.text(max_size=1), st.integers(), max_size=1),
+        st.dictionaries(st.integers(-1, 9), st.floats(-101, 101), max_size=3),
+        st.lists(st.tuples(st.integers(0, 9), st.floats(-99, 99)), max_size=3),
         st.binary(max_size=2),
     ),
 )
@@ -137,6 +175,29 @@ def test_values_are_put_in_one_form() -> None:
     assert SamplingParams(stop=["a", "b"]) == SamplingParams(stop=("a", "b"))
     with pytest.raises(dataclasses.FrozenInstanceError):
         params.top_k = 3
+
+
+def test_a_bias_is_kept_as_sorted_pairs_and_allowed_ids_as_they_come() -> None:
+    params = SamplingParams(logit_bias={9: 1, 2: -0.5}, allowed_token_ids=[7, 3, 7])
+    assert (params.logit_bias, params.allowed_token_ids) == (((2, -0.5), (9, 1.0)), (7, 3, 7))
+    assert params == SamplingParams(logit_bias=[(9, 1.0), (2, -0.5)], allowed_token_ids=(7, 3, 7))
+
+
+@pytest.mark.parametrize(
+    ("params", "shaped"),
+    [
+        ({"presence_penalty": -0.1}, True),
+        ({"frequency_penalty": 0.1}, True),
+        ({"repetition_penalty": 0.9}, True),
+        ({"logit_bias": {1: 0}}, True),
+        ({"allowed_token_ids": [1]}, True),
+        ({"logit_bias": {}, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": -0.0}, False),
+        ({"logprobs": 3, "min_tokens": 2, "temperature": 0.1, "top_k": 1}, False),
+    ],
+    ids=str,
+)
+def test_shaped_is_whatever_changes_the_logits(params: dict, shaped: bool) -> None:
+    assert SamplingParams(**params).shaped is shaped
 
 
 def test_greedy_starts_below_1e_5() -> None:
@@ -182,6 +243,17 @@ def test_choices_share_all_but_their_number() -> None:
     assert dataclasses.replace(second, choice=0) == first
     with pytest.raises(ValueError, match="wanted choice from 0"):
         make_request("r", [1], params, 10, choice=-1)
+
+
+def test_priority_and_salt_are_kept_and_checked() -> None:
+    first = make_request("r", [1], SamplingParams(seed=3), 10)
+    assert (first.priority, first.cache_salt) == (0, "")
+    other = make_request("r", [1], SamplingParams(seed=3), 10, priority=-5, cache_salt="a")
+    assert dataclasses.replace(other, priority=0, cache_salt="") == first and other.priority == -5
+    with pytest.raises(ValueError, match="wanted priority from"):
+        make_request("r", [1], SamplingParams(), 10, priority=2**63)
+    with pytest.raises(ValueError, match="wanted cache_salt as a string, got 5: "):
+        make_request("r", [1], SamplingParams(), 10, cache_salt=5)
 
 
 def test_reasons_are_indexed_by_what_the_device_says() -> None:
