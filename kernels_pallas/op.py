@@ -380,10 +380,15 @@ def _require(holds: bool | np.bool, what: str, wanted: str, got: object) -> None
 
 @dataclass(frozen=True)
 class Op:
-    """One operation under one name, with one function per backend, all of the same signature."""
+    """One operation under one name, with one function per backend, all of the same signature.
+
+    fits: for a backend that has only some shapes or dtypes, whether it has those of a layer, told from what the layer
+    remembers and the dtype of its activations.
+    """
 
     name: str
     backends: Mapping[str, Callable[..., Any]]
+    fits: Mapping[str, Callable[[Any, str], bool]] = field(default_factory=dict)
 
     def on(self, backend: str) -> Callable[..., Any]:
         """The function of a backend. Raises NotImplementedError where the kind does not have it."""
@@ -394,13 +399,16 @@ class Op:
             raise NotImplementedError(f"{self.name} has no {backend} kernel, it has: {have}; choose one or 'auto'")
         return self.backends[backend]
 
-    def choose(self, backend: str, platform: str) -> str:
-        """The name of the backend to use: `backend` itself, or for 'auto' the platform's own kernel where there is one.
+    def choose(self, backend: str, memory: Memory, dtype: str, platform: str | None = None) -> str:
+        """The name of the backend to use: `backend` itself, or for 'auto' the platform's own kernel where it fits.
 
         Args:
-          backend: 'auto' or one of BACKENDS. platform: 'cpu', 'gpu' or 'tpu'.
+          backend: 'auto' or one of BACKENDS. memory: what the layer remembers. dtype: of its activations.
+          platform: 'cpu', 'gpu' or 'tpu'; None is where JAX runs.
         """
         if backend != "auto":
             self.on(backend)
             return backend
-        return platform if platform in self.backends else "xla"
+        own = platform or jax.default_backend()
+        fits = own in self.backends and (own not in self.fits or self.fits[own](memory, dtype))
+        return own if fits else "xla"

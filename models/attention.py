@@ -68,7 +68,7 @@ class LatentAttention(nnx.Module):
         self.scale = scale
         self.memory: Memory = KVSpec((ArraySpec("latent", (cached,), dtype),))
         self.place = Place(0, 0)
-        self.backend = backend
+        self.backend = MLA.choose(backend, self.memory, dtype)
 
     def __call__(
         self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
@@ -143,7 +143,7 @@ class _Grouped(nnx.Module):
         self.scale = scale
         self.memory: Memory = KVSpec((ArraySpec("kv", (2, *keys), dtype),))
         self.place = Place(0, 0)
-        self.backend = backend
+        self.backend = GQA.choose(backend, self.memory, dtype)
 
     def _attend(
         self, q: Array, gate: Array | None, x: Array, rotary: Rotary | None, cache: Cache, batch: RaggedBatch

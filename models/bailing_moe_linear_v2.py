@@ -8,13 +8,11 @@ decay falls with depth is not settled either: see `slope_layer_offset`.
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from kernels_pallas.gqa import GQA, GQAWeights
-from kernels_pallas.lightning import LIGHTNING
 from kernels_pallas.op import ArraySpec, Cache, KVSpec, Memory, Place, RaggedBatch
 from kernels_pallas.rotary import Rotary, frequencies
 from models.attention import GroupedShape
@@ -159,7 +157,7 @@ class FusedGroupedAttention(nnx.Module):
         self.epsilon = epsilon
         self.memory: Memory = KVSpec((ArraySpec("kv", (2, shape.key_heads, shape.width), dtype),))
         self.place = Place(0, 0)
-        self.backend = backend
+        self.backend = GQA.choose(backend, self.memory, dtype)
 
     def __call__(
         self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
@@ -203,9 +201,7 @@ class _Parts:
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: str, backend: str):
         self.config, self.rngs, self.dtype = config, rngs, dtype
-        platform = jax.default_backend()
-        self.lightning = LIGHTNING.choose(backend, platform)
-        self.gqa = GQA.choose(backend, platform)
+        self.backend = backend
 
     def layer(self, index: int) -> Layer:
         config = self.config
@@ -216,7 +212,7 @@ class _Parts:
     def _attention(self) -> FusedGroupedAttention:
         config = self.config
         return FusedGroupedAttention(
-            self.rngs, config.width, config.attention, config.epsilon, config.query_key_norm, self.dtype, self.gqa
+            self.rngs, config.width, config.attention, config.epsilon, config.query_key_norm, self.dtype, self.backend
         )
 
     def _lightning(self, index: int) -> LightningAttention:
@@ -232,7 +228,7 @@ class _Parts:
             rotated=True,
         )
         slopes = tuple(config.slopes[index].tolist())
-        return LightningAttention(self.rngs, config.width, shape, slopes, self.dtype, self.lightning)
+        return LightningAttention(self.rngs, config.width, shape, slopes, self.dtype, self.backend)
 
     def _feed_forward(self, index: int) -> nnx.Module:
         config, rngs, dtype = self.config, self.rngs, self.dtype

@@ -8,12 +8,9 @@ are published with the checkpoints.
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
-from kernels_pallas.lightning import LIGHTNING
-from kernels_pallas.mla import MLA
 from kernels_pallas.rotary import frequencies
 from models.attention import LatentAttention, LatentShape
 from models.decoder import Decoder, Draft, Layer
@@ -168,9 +165,7 @@ class _Parts:
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: str, backend: str):
         self.config, self.rngs, self.dtype = config, rngs, dtype
-        platform = jax.default_backend()
-        self.lightning = LIGHTNING.choose(backend, platform)
-        self.mla = MLA.choose(backend, platform)
+        self.backend = backend
 
     def layer(self, index: int, full: bool) -> Layer:
         mixer = self._latent() if full else self._lightning(index)
@@ -200,12 +195,12 @@ class _Parts:
             rotated=True,
         )
         slopes = tuple(config.slopes[index].tolist())
-        return LightningAttention(self.rngs, config.width, shape, slopes, self.dtype, self.lightning)
+        return LightningAttention(self.rngs, config.width, shape, slopes, self.dtype, self.backend)
 
     def _latent(self) -> LatentAttention:
         shape = self.config.latent
         scale = (shape.plain_width + shape.rotary_width) ** -0.5
-        return LatentAttention(self.rngs, self.config.width, shape, scale, self.dtype, self.mla)
+        return LatentAttention(self.rngs, self.config.width, shape, scale, self.dtype, self.backend)
 
     def _moe(self) -> MoE:
         config, rngs, dtype = self.config, self.rngs, self.dtype

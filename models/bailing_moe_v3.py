@@ -10,12 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 from flax import nnx
 from jaxtyping import Array
 
-from kernels_pallas.kda import KDA, BoundedDecay, Decay, SoftplusDecay
-from kernels_pallas.mla import MLA
+from kernels_pallas.kda import BoundedDecay, Decay, SoftplusDecay
 from kernels_pallas.rotary import frequencies
 from models.attention import LatentAttention, LatentShape
 from models.decoder import Decoder, Draft, Layer
@@ -214,9 +212,7 @@ class _Parts:
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: str, backend: str):
         self.config, self.rngs, self.dtype = config, rngs, dtype
-        platform = jax.default_backend()
-        self.kda = KDA.choose(backend, platform)
-        self.mla = MLA.choose(backend, platform)
+        self.backend = backend
 
     def layer(self, index: int, full: bool) -> Layer:
         config = self.config
@@ -247,7 +243,7 @@ class _Parts:
             self._gate(),
             config.epsilon,
             self.dtype,
-            self.kda,
+            self.backend,
         )
 
     def _gate(self) -> Linear:
@@ -259,7 +255,7 @@ class _Parts:
         config, shape = self.config, self.config.latent
         scale = (shape.plain_width + shape.rotary_width) ** -0.5
         return LatentAttention(
-            self.rngs, config.width, shape, scale, self.dtype, self.mla, config.rotated, config.latent_gate
+            self.rngs, config.width, shape, scale, self.dtype, self.backend, config.rotated, config.latent_gate
         )
 
     def _moe(self, limits: Limits) -> MoE:

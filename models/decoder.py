@@ -159,6 +159,11 @@ class Decoder(nnx.Module):
         """Scores of the next token from hidden states after the final norm, float32."""
         return self.embedding.transposed(hidden) if self.head is None else self.head(hidden)
 
+    @property
+    def logits_width(self) -> int:
+        """Y of `logits`."""
+        return self.embedding.table.shape[0] if self.head is None else self.head.kernel.shape[1]
+
     def routes(self) -> tuple[Route, ...]:
         """The routing, in the order of the layers: target first."""
         return tuple(

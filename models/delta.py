@@ -71,7 +71,7 @@ class DeltaCore(nnx.Module):
         self.beta_scale = beta_scale
         state = ArraySpec("state", (heads, shape.value_width, shape.key_width), "float32")
         self.memory: Memory = StateSpec((state, ArraySpec("tail", (shape.convolution - 1, shape.channels), dtype)))
-        self.backend = backend
+        self.backend = GDN.choose(backend, self.memory, dtype)
 
     def __call__(
         self,

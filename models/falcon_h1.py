@@ -8,13 +8,10 @@ for training they put the gate before the norm whatever the config says, here th
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kernels_pallas.gqa import GQA
-from kernels_pallas.mamba2 import MAMBA2
 from kernels_pallas.op import Cache, RaggedBatch
 from kernels_pallas.rotary import Rotary, frequencies
 from models.attention import GroupedAttention, GroupedShape
@@ -198,9 +195,7 @@ class _Parts:
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: str, backend: str):
         self.config, self.rngs, self.dtype = config, rngs, dtype
-        platform = jax.default_backend()
-        self.mamba2 = MAMBA2.choose(backend, platform)
-        self.gqa = GQA.choose(backend, platform)
+        self.backend = backend
 
     def norm(self) -> RMSNorm:
         return RMSNorm(self.config.width, self.config.epsilon)
@@ -212,12 +207,12 @@ class _Parts:
 
     def _mamba(self) -> Mamba2Mixer:
         config, parts = self.config, self.config.factors.mamba_parts
-        return Mamba2Mixer(self.rngs, config.width, config.mamba, config.epsilon, self.dtype, self.mamba2, parts)
+        return Mamba2Mixer(self.rngs, config.width, config.mamba, config.epsilon, self.dtype, self.backend, parts)
 
     def _attention(self) -> GroupedAttention:
         config, shape = self.config, self.config.attention
         scale = shape.width**-0.5 * config.factors.keys  # scores are linear in the keys
-        return GroupedAttention(self.rngs, config.width, shape, None, True, scale, self.dtype, self.gqa)
+        return GroupedAttention(self.rngs, config.width, shape, None, True, scale, self.dtype, self.backend)
 
 
 # ------------------------------------------------------------------------------------------------------------- weights

@@ -7,12 +7,9 @@ logits. Attention has no positions in the hybrid releases. Definition: the `gran
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kernels_pallas.gqa import GQA
-from kernels_pallas.mamba2 import MAMBA2
 from kernels_pallas.op import Cache, RaggedBatch
 from kernels_pallas.rotary import Rotary, frequencies
 from models.attention import GroupedAttention, GroupedShape
@@ -171,9 +168,7 @@ class _Parts:
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: str, backend: str):
         self.config, self.rngs, self.dtype = config, rngs, dtype
-        platform = jax.default_backend()
-        self.mamba2 = MAMBA2.choose(backend, platform)
-        self.gqa = GQA.choose(backend, platform)
+        self.backend = backend
 
     def norm(self) -> RMSNorm:
         return RMSNorm(self.config.width, self.config.epsilon)
@@ -184,12 +179,14 @@ class _Parts:
 
     def _mamba(self) -> Mamba2Mixer:
         config = self.config
-        return Mamba2Mixer(self.rngs, config.width, config.mamba, config.epsilon, self.dtype, self.mamba2)
+        return Mamba2Mixer(self.rngs, config.width, config.mamba, config.epsilon, self.dtype, self.backend)
 
     def _attention(self) -> GroupedAttention:
         config, rotated = self.config, self.config.rope_theta is not None
         scale = config.attention_scale
-        return GroupedAttention(self.rngs, config.width, config.attention, None, rotated, scale, self.dtype, self.gqa)
+        return GroupedAttention(
+            self.rngs, config.width, config.attention, None, rotated, scale, self.dtype, self.backend
+        )
 
     def _feed_forward(self) -> nnx.Module:
         width, sparse, rngs, dtype = self.config.width, self.config.sparse, self.rngs, self.dtype

@@ -9,12 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
 from kernels_pallas.kda import KDA, Decay, KDAWeights, SoftplusDecay
-from kernels_pallas.mla import MLA
 from kernels_pallas.op import ArraySpec, Cache, Memory, Place, RaggedBatch, StateSpec
 from kernels_pallas.rotary import Rotary
 from models.attention import LatentAttention, LatentShape
@@ -186,7 +184,7 @@ class DeltaAttention(nnx.Module):
         state = ArraySpec("state", (shape.heads, shape.width, shape.width), "float32")
         self.memory: Memory = StateSpec((state, ArraySpec("tail", (shape.convolution - 1, 3 * inner), dtype)))
         self.place = Place(0, 0)
-        self.backend = backend
+        self.backend = KDA.choose(backend, self.memory, dtype)
 
     def __call__(
         self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
@@ -232,9 +230,7 @@ class _Parts:
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: str, backend: str):
         self.config, self.rngs, self.dtype = config, rngs, dtype
-        platform = jax.default_backend()
-        self.kda = KDA.choose(backend, platform)
-        self.mla = MLA.choose(backend, platform)
+        self.backend = backend
 
     def layer(self, index: int, full: bool) -> Layer:
         config = self.config
@@ -254,7 +250,7 @@ class _Parts:
             self._gate(),
             config.epsilon,
             self.dtype,
-            self.kda,
+            self.backend,
         )
 
     def _gate(self) -> LowRank:
@@ -265,7 +261,7 @@ class _Parts:
     def _latent(self) -> LatentAttention:
         shape = self.config.latent
         scale = (shape.plain_width + shape.rotary_width) ** -0.5
-        return LatentAttention(self.rngs, self.config.width, shape, scale, self.dtype, self.mla, rotated=False)
+        return LatentAttention(self.rngs, self.config.width, shape, scale, self.dtype, self.backend, rotated=False)
 
     def _moe(self) -> MoE:
         config, rngs, dtype = self.config, self.rngs, self.dtype

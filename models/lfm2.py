@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kernels_pallas.gqa import GQA
 from kernels_pallas.op import ArraySpec, Cache, Memory, Place, RaggedBatch, StateSpec
 from kernels_pallas.rotary import Rotary, frequencies
 from kernels_pallas.short_conv import SHORT_CONV
@@ -189,7 +188,7 @@ class ShortConvolution(nnx.Module):
         self.output = Linear(rngs, (width,), (width,), ("heads", "model"), dtype)
         self.memory: Memory = StateSpec((ArraySpec("tail", (convolution - 1, width), dtype),))
         self.place = Place(0, 0)
-        self.backend = backend
+        self.backend = SHORT_CONV.choose(backend, self.memory, dtype)
 
     def __call__(
         self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
@@ -220,9 +219,7 @@ class _Parts:
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: str, backend: str):
         self.config, self.rngs, self.dtype = config, rngs, dtype
-        platform = jax.default_backend()
-        self.short_conv = SHORT_CONV.choose(backend, platform)
-        self.gqa = GQA.choose(backend, platform)
+        self.backend = backend
 
     def layer(self, index: int, kind: str) -> Layer:
         config = self.config
@@ -233,11 +230,11 @@ class _Parts:
     def _attention(self) -> GroupedAttention:
         config, shape = self.config, self.config.attention
         norm, scale = NormShape(config.epsilon), shape.width**-0.5
-        return GroupedAttention(self.rngs, config.width, shape, norm, True, scale, self.dtype, self.gqa)
+        return GroupedAttention(self.rngs, config.width, shape, norm, True, scale, self.dtype, self.backend)
 
     def _convolution(self) -> ShortConvolution:
         config = self.config
-        return ShortConvolution(self.rngs, config.width, config.convolution, self.dtype, self.short_conv)
+        return ShortConvolution(self.rngs, config.width, config.convolution, self.dtype, self.backend)
 
     def _feed_forward(self, index: int) -> nnx.Module:
         config, rngs, dtype, sparse = self.config, self.rngs, self.dtype, self.config.sparse

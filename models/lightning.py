@@ -57,7 +57,7 @@ class LightningAttention(nnx.Module):
         state = ArraySpec("state", (shape.heads, shape.width, shape.width), "float32")
         self.memory: Memory = StateSpec((state,))
         self.place = Place(0, 0)
-        self.backend = backend
+        self.backend = LIGHTNING.choose(backend, self.memory, dtype)
 
     def __call__(
         self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch

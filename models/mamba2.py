@@ -128,7 +128,7 @@ class Mamba2Mixer(nnx.Module):
         state = ArraySpec("state", (shape.heads, shape.width, shape.state_width), "float32")
         self.memory: Memory = StateSpec((state, ArraySpec("tail", (shape.convolution - 1, shape.channels), dtype)))
         self.place = Place(0, 0)
-        self.backend = backend
+        self.backend = MAMBA2.choose(backend, self.memory, dtype)
 
     def __call__(
         self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch

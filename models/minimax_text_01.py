@@ -8,14 +8,11 @@ config says.
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kernels_pallas.gqa import GQA
-from kernels_pallas.lightning import LIGHTNING
 from kernels_pallas.op import Cache, RaggedBatch
 from kernels_pallas.rotary import Rotary, frequencies
 from models.attention import GroupedAttention, GroupedShape
@@ -183,9 +180,7 @@ class _Parts:
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: str, backend: str):
         self.config, self.rngs, self.dtype = config, rngs, dtype
-        platform = jax.default_backend()
-        self.lightning = LIGHTNING.choose(backend, platform)
-        self.gqa = GQA.choose(backend, platform)
+        self.backend = backend
 
     def layer(self, index: int, full: bool) -> NormedResidualLayer:
         config = self.config
@@ -196,7 +191,7 @@ class _Parts:
     def _attention(self) -> GroupedAttention:
         shape = self.config.attention
         scale = shape.width**-0.5
-        return GroupedAttention(self.rngs, self.config.width, shape, None, True, scale, self.dtype, self.gqa)
+        return GroupedAttention(self.rngs, self.config.width, shape, None, True, scale, self.dtype, self.backend)
 
     def _lightning(self, index: int) -> LightningAttention:
         config, heads = self.config, self.config.attention
@@ -204,7 +199,7 @@ class _Parts:
             heads.heads, heads.width, 1, LIGHTNING_EPSILON, scale=1.0, silu=True, normed=False, rotated=False
         )
         slopes = tuple(config.slopes[index].tolist())
-        return LightningAttention(self.rngs, config.width, shape, slopes, self.dtype, self.lightning)
+        return LightningAttention(self.rngs, config.width, shape, slopes, self.dtype, self.backend)
 
     def _experts(self) -> RoutedExperts:
         config, rngs, dtype = self.config, self.rngs, self.dtype

@@ -10,12 +10,9 @@ follows those engines, since the classes leave it out.
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 from flax import nnx
 from jaxtyping import Array
 
-from kernels_pallas.gqa import GQA
-from kernels_pallas.mamba2 import MAMBA2
 from kernels_pallas.op import Cache, RaggedBatch
 from kernels_pallas.rotary import Rotary
 from models.attention import GroupedAttention, GroupedShape
@@ -257,9 +254,7 @@ class _Parts:
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: str, backend: str):
         self.config, self.rngs, self.dtype = config, rngs, dtype
-        platform = jax.default_backend()
-        self.mamba2 = MAMBA2.choose(backend, platform)
-        self.gqa = GQA.choose(backend, platform)
+        self.backend = backend
 
     def norm(self) -> RMSNorm:
         return RMSNorm(self.config.width, self.config.epsilon)
@@ -279,11 +274,11 @@ class _Parts:
 
     def _mamba(self) -> Mamba2Mixer:
         config = self.config
-        return Mamba2Mixer(self.rngs, config.width, config.mamba, config.epsilon, self.dtype, self.mamba2)
+        return Mamba2Mixer(self.rngs, config.width, config.mamba, config.epsilon, self.dtype, self.backend)
 
     def _attention(self) -> GroupedAttention:
         width, shape = self.config.width, self.config.attention
-        return GroupedAttention(self.rngs, width, shape, None, False, shape.width**-0.5, self.dtype, self.gqa)
+        return GroupedAttention(self.rngs, width, shape, None, False, shape.width**-0.5, self.dtype, self.backend)
 
     def _dense(self) -> SquaredReLU:
         return SquaredReLU(self.rngs, self.config.width, self.config.dense_width, self.dtype)

@@ -7,7 +7,6 @@ Layers of the delta rule norm the input of each branch, layers of softmax attent
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -125,7 +124,7 @@ class SplitDeltaAttention(nnx.Module):
         self.core = DeltaCore(rngs, width, shape, DELTA_EPSILON, dtype, backend, beta_scale)
         self.memory = self.core.memory
         self.place = Place(0, 0)
-        self.backend = backend
+        self.backend = self.core.backend
 
     def __call__(
         self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
@@ -154,7 +153,7 @@ class JointNormAttention(nnx.Module):
         self.rotated = rotated
         self.memory: Memory = KVSpec((ArraySpec("kv", (2, shape.key_heads, shape.width), dtype),))
         self.place = Place(0, 0)
-        self.backend = backend
+        self.backend = GQA.choose(backend, self.memory, dtype)
 
     def __call__(
         self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
@@ -218,20 +217,18 @@ class _Parts:
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: str, backend: str):
         self.config, self.rngs, self.dtype = config, rngs, dtype
-        platform = jax.default_backend()
-        self.gdn = GDN.choose(backend, platform)
-        self.gqa = GQA.choose(backend, platform)
+        self.backend = backend
 
     def attention_layer(self) -> OutputNormLayer:
         config, rotated = self.config, self.config.rope_theta is not None
         mixer = JointNormAttention(
-            self.rngs, config.width, config.attention, config.epsilon, rotated, self.dtype, self.gqa
+            self.rngs, config.width, config.attention, config.epsilon, rotated, self.dtype, self.backend
         )
         return OutputNormLayer(mixer, self._mlp(), self._norm(), self._norm())
 
     def delta_layer(self) -> Layer:
         config = self.config
-        mixer = SplitDeltaAttention(self.rngs, config.width, config.delta, config.beta_scale, self.dtype, self.gdn)
+        mixer = SplitDeltaAttention(self.rngs, config.width, config.delta, config.beta_scale, self.dtype, self.backend)
         return Layer(mixer, self._mlp(), self._norm(), self._norm())
 
     def _mlp(self) -> MLP:

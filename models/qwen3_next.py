@@ -9,13 +9,11 @@ serving engines, since those classes leave it out.
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from kernels_pallas.gdn import GDN
-from kernels_pallas.gqa import GQA
 from kernels_pallas.op import Cache, Place, RaggedBatch
 from kernels_pallas.rotary import Rotary, frequencies
 from models.attention import GatedGroupedAttention, GroupedShape, NormShape
@@ -122,7 +120,7 @@ class PackedDeltaAttention(nnx.Module):
         self.shape = shape
         self.memory = self.core.memory
         self.place = Place(0, 0)
-        self.backend = backend
+        self.backend = self.core.backend
 
     def __call__(
         self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
@@ -158,9 +156,7 @@ class _Parts:
 
     def __init__(self, config: Config, rngs: nnx.Rngs, dtype: str, backend: str):
         self.config, self.rngs, self.dtype = config, rngs, dtype
-        platform = jax.default_backend()
-        self.gdn = GDN.choose(backend, platform)
-        self.gqa = GQA.choose(backend, platform)
+        self.backend = backend
 
     def norm(self) -> RMSNorm:
         return RMSNorm(self.config.width, self.config.epsilon, offset=1.0)
@@ -177,11 +173,11 @@ class _Parts:
     def _attention(self) -> GatedGroupedAttention:
         config = self.config
         norm, scale = NormShape(config.epsilon, offset=1.0), config.attention.width**-0.5
-        return GatedGroupedAttention(self.rngs, config.width, config.attention, norm, scale, self.dtype, self.gqa)
+        return GatedGroupedAttention(self.rngs, config.width, config.attention, norm, scale, self.dtype, self.backend)
 
     def _delta(self) -> PackedDeltaAttention:
         config = self.config
-        return PackedDeltaAttention(self.rngs, config.width, config.delta, config.epsilon, self.dtype, self.gdn)
+        return PackedDeltaAttention(self.rngs, config.width, config.delta, config.epsilon, self.dtype, self.backend)
 
     def _moe(self) -> MoE:
         width, rngs, dtype, sparse = self.config.width, self.rngs, self.dtype, self.config.sparse

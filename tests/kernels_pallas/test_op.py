@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.op import Op, prefill_chunks, read_states, token_positions, token_rows, write_states
+from kernels_pallas.op import (
+    ArraySpec,
+    KVSpec,
+    Op,
+    prefill_chunks,
+    read_states,
+    token_positions,
+    token_rows,
+    write_states,
+)
 from tests.ragged import PAGES, SLOTS, checked, make_batch
 
 
@@ -104,10 +113,13 @@ def test_slot_zero_is_never_written():
 
 
 def test_a_backend_is_chosen_or_refused_never_swapped():
-    op = Op("thing", {"xla": lambda: "xla", "gpu": lambda: "gpu"})
-    assert [op.choose("auto", platform) for platform in ("cpu", "gpu", "tpu")] == ["xla", "gpu", "xla"]
-    assert op.choose("gpu", "cpu") == "gpu" and op.on("xla")() == "xla"
+    op = Op("thing", {"xla": lambda: "xla", "gpu": lambda: "gpu"}, {"gpu": lambda memory, dtype: dtype == "bfloat16"})
+    memory = KVSpec((ArraySpec("kv", (2,), "bfloat16"),))
+    chosen = [op.choose("auto", memory, "bfloat16", platform) for platform in ("cpu", "gpu", "tpu")]
+    assert chosen == ["xla", "gpu", "xla"]
+    assert op.choose("auto", memory, "float32", "gpu") == "xla"  # 'auto' takes a kernel only where it fits
+    assert op.choose("gpu", memory, "float32", "cpu") == "gpu" and op.on("xla")() == "xla"
     with pytest.raises(NotImplementedError, match="thing has no tpu kernel, it has: xla, gpu"):
-        op.choose("tpu", "tpu")
+        op.choose("tpu", memory, "float32", "tpu")
     with pytest.raises(ValueError, match="wanted a backend"):
         op.on("cuda")
