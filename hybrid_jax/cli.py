@@ -18,6 +18,7 @@ from rich.console import Console
 from hybrid_jax import convert as conversion
 from hybrid_jax import inspection
 from hybrid_jax import plan as planning
+from hybrid_jax.bench.verbs import Benches
 from hybrid_jax.config import Backend, Dtype
 from hybrid_jax.hf_directory import read_config
 from hybrid_jax.hub import find_model
@@ -195,6 +196,10 @@ def plan(
     planning.render(found, built.routing, devices, f"{model}, {devices} x {hbm_gib:g} GiB", Console())
 
 
+def bench(what: Annotated[Benches, tyro.conf.arg(name="")]) -> None:
+    """Measure steps, throughput, latency or kernels on this machine's device."""
+
+
 VERBS: dict[str, Callable[..., None]] = {
     "routing": routing,
     "plan": plan,
@@ -202,6 +207,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "inspect": inspect,
     "verify": verify,
+    "bench": bench,
 }
 
 

@@ -58,6 +58,9 @@ class EngineConfig:
     run_ahead: bool = True
     """Start a step before the tokens of the step before it are known, so that the device never waits for the host."""
 
+    compilation_cache: str | None = None
+    """Folder in which compiled programs are kept, so that the next start need not compile them. None: as JAX is set."""
+
     canary: bool = False
     """Stamp every page and slot with owner and position and check that on reading: finds faults of the engine."""
 

@@ -1,143 +1,165 @@
-"""Runs requests that start together: prompts first, packed into prefill steps, then all rows decode to their end.
+"""The loop: plans a step, starts it, and takes in the results of the step before, while the device works.
 
-Each request holds one slot and the pages of its whole length from the start. Shapes are rounded up to powers of two, so
-that few programs are compiled.
+The one place where the schedule, which knows no device, meets the runner, which knows no queue. Requests may be added
+and aborted at any time between two calls of `step`.
 """
 
+import time
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+from jaxtyping import Float
 
-from hybrid_jax.config import CHUNK_TOKENS, EngineConfig
-from hybrid_jax.request import FINISH_REASONS, FinishReason, Request
-from hybrid_jax.runner import Runner
-from hybrid_jax.sampling import SamplingRows, pack
-from kernels_pallas.op import Content, RaggedBatch, host_batch
+from hybrid_jax.buckets import Bucket
+from hybrid_jax.prefix_cache import CACHE
+from hybrid_jax.request import Request
+from hybrid_jax.runner import Padding, Ticket
+from hybrid_jax.scheduler import Scheduler
+from hybrid_jax.stats import BucketUse, Stats, Units
+from hybrid_jax.step import Progress, Step, StepResult
+
+SCORER = "score"  # who holds the slot and the pages while logits are computed
+REMEMBERED_STEPS = 128  # over which times are averaged
 
 
-@dataclass(frozen=True)
-class Progress:
-    """New tokens of one row, and why it ended if it did."""
+class Device(Protocol):
+    """What the engine asks of a runner."""
 
-    row: int
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None
+    compilations: int
+    compiled_after_ready: int
+
+    def submit(self, step: Step) -> Ticket:
+        """Start a step."""
+
+    def collect(self, ticket: Ticket) -> StepResult:
+        """Wait for its results."""
+
+    def score(self, token_ids: Sequence[int], slot: int, pages: Sequence[int]) -> Float[np.ndarray, "T Y"]:
+        """The logits of every token of a new request."""
+
+    def reset(self) -> None:
+        """Lose all memory."""
+
+    @property
+    def padding(self) -> dict[Bucket, Padding]:
+        """What each bucket was used for."""
 
 
 class Engine:
-    """Requests on their way, one row each. `step` until nothing is `unfinished`."""
+    """Requests in, progress out; `step` until nothing is `unfinished`."""
 
-    def __init__(self, runner: Runner, config: EngineConfig, requests: Sequence[Request], eos_token_ids: Sequence[int]):
-        if not 0 < len(requests) <= config.max_num_seqs:
-            raise ValueError(
-                f"wanted 1 to max_num_seqs={config.max_num_seqs} requests, got {len(requests)}: split them"
-            )
-        self._runner, self._config = runner, config
-        self._requests, self._eos = list(requests), tuple(eos_token_ids)
-        self._rows = power_of_two(len(requests))
-        self._seen = np.zeros(self._rows, np.int32)
-        self._newest = np.zeros(self._rows, np.int32)
-        self._sampled = np.zeros(self._rows, np.int32)
-        self._running = np.arange(self._rows) < len(requests)
-        self._pages = _page_table(self._requests, self._rows, config.page_size)
+    def __init__(self, scheduler: Scheduler, device: Device, run_ahead: bool):
+        self.scheduler = scheduler
+        self._device = device
+        self._ahead = int(run_ahead)
+        self._flying: deque[Ticket] = deque()
+        self._times: deque[tuple[float, float, float]] = deque(maxlen=REMEMBERED_STEPS)
+        self._steps = self._generated = self._prompted = 0
+
+    def add(self, request: Request) -> None:
+        """Put a request in line. Raises as `Scheduler.add`, and for an id that stands for a part of the engine."""
+        if request.id in (CACHE, SCORER):
+            raise ValueError(f"wanted a request id other than {CACHE!r} and {SCORER!r}, got it: take another")
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request; whether it was there."""
+        return self.scheduler.abort(request_id)
 
     @property
     def unfinished(self) -> bool:
-        """Whether any row still runs."""
-        return bool(self._running.any())
-
-    def stop(self, row: int) -> None:
-        """End a row: it generates nothing more."""
-        self._running[row] = False
+        """Whether anything waits, runs or is still to come back from the device."""
+        return self.scheduler.unfinished or bool(self._flying)
 
     def step(self) -> list[Progress]:
-        """One dispatch to the device; the rows that made progress."""
-        missing = np.array([len(r.prompt_token_ids) for r in self._requests]) - self._seen[: len(self._requests)]
-        waiting = (missing > 0) & self._running[: len(self._requests)]
-        return self._prefill(np.where(waiting, missing, 0)) if waiting.any() else self._decode()
+        """Start a step if one can run, and take in the oldest that is due.
 
-    def _prefill(self, missing: np.ndarray) -> list[Progress]:
-        lengths = np.zeros(self._rows, np.int32)
-        lengths[: len(missing)] = cut_prompts(missing, self._config.max_num_batched_tokens)
-        parts = [
-            self._requests[row].prompt_token_ids[self._seen[row] :][: lengths[row]] for row in np.flatnonzero(lengths)
-        ]
-        tokens = np.zeros(max(CHUNK_TOKENS, power_of_two(int(lengths.sum()))), np.int32)
-        tokens[: lengths.sum()] = np.concatenate(parts)
-        token, reason = self._runner.prefill(tokens, self._batch(lengths, "prefill"), self._sampling())
-        self._seen += lengths
-        done = [row for row in np.flatnonzero(lengths).tolist() if lengths[row] == missing[row]]
-        return [self._record(row, token[row : row + 1], reason[row]) for row in done]
+        If anything interrupts this, every request is dropped and the memory on the device is new.
+        """
+        begin = time.perf_counter()
+        try:
+            step = self.scheduler.schedule()
+            if step is not None:
+                self._flying.append(self._device.submit(step))
+            elif not self._flying and self.scheduler.unfinished:
+                raise RuntimeError("the schedule has requests, and nothing that can run: this is a fault of the engine")
+            due = bool(self._flying) and (step is None or len(self._flying) > self._ahead)
+            return self._collect(begin) if due else []
+        except BaseException:
+            self.reset()
+            raise
 
-    def _decode(self) -> list[Progress]:
-        batch = self._batch(self._running.astype(np.int32), "decode")
-        made, count, reason = self._runner.decode(self._newest, batch, self._sampling(), self._config.decode_steps)
-        rows = np.flatnonzero(self._running).tolist()
-        self._seen += count
-        return [self._record(row, made[: count[row], row], reason[row]) for row in rows]
+    def reset(self) -> list[str]:
+        """Drop every request and start with an empty memory; the ids of the dropped."""
+        self._flying.clear()
+        dropped = self.scheduler.reset()
+        self._device.reset()
+        return dropped
 
-    def _record(self, row: int, tokens: np.ndarray, reason: int) -> Progress:
-        finish_reason = FINISH_REASONS[reason]
-        self._running[row] = finish_reason is None
-        self._sampled[row] += len(tokens)
-        self._newest[row] = tokens[-1]
-        kept = tokens[:-1] if finish_reason == "error" else tokens  # an error drew no token
-        return Progress(row, tuple(kept.tolist()), finish_reason)
+    def score(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T Y"]:
+        """The logits `[T, Y]`, float32, after each of the tokens. Raises ValueError where the pools are too full."""
+        scheduler = self.scheduler
+        slot, pages = scheduler.cache.take_slot(SCORER), []
+        try:
+            for _ in range(scheduler.page_count(len(token_ids))):
+                page = scheduler.cache.take_page(SCORER)
+                if page is None:
+                    break
+                pages.append(page)
+            if slot is None or len(pages) < scheduler.page_count(len(token_ids)):
+                raise ValueError(f"wanted room for {len(token_ids)} tokens beside those that run, got none: wait")
+            return self._device.score(token_ids, slot, pages)
+        finally:
+            for page in pages:
+                scheduler.pages.give_back(page, SCORER)
+            if slot is not None:
+                scheduler.slots.give_back(slot, SCORER)
 
-    def _sampling(self) -> SamplingRows:
-        return pack(self._requests, self._sampled[: len(self._requests)].tolist(), self._rows, self._eos)
+    def stats(self) -> Stats:
+        """One look at everything."""
+        scheduler, cache = self.scheduler, self.scheduler.cache
+        pages = _units(scheduler.pages.count - 1, cache.evictable_pages, scheduler.pages.free)
+        slots = _units(scheduler.slots.count - 1, cache.evictable_slots, scheduler.slots.free)
+        step_s, host_s, wait_s = np.mean(self._times, axis=0).tolist() if self._times else (0.0, 0.0, 0.0)
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            pages=pages,
+            slots=slots,
+            cache=cache.statistics,
+            preemptions=scheduler.preemptions,
+            blocked=dict(scheduler.blocked),
+            compilations=self._device.compilations,
+            compiled_after_ready=self._device.compiled_after_ready,
+            buckets=tuple(_use(bucket, padding) for bucket, padding in self._device.padding.items()),
+            steps=self._steps,
+            generated_tokens=self._generated,
+            prompt_tokens=self._prompted,
+            step_s=step_s,
+            host_s=host_s,
+            wait_s=wait_s,
+        )
 
-    def _batch(self, lengths: np.ndarray, content: Content) -> RaggedBatch:
-        slot = np.where(lengths > 0, np.arange(1, self._rows + 1), 0)
-        none = np.zeros(self._rows)
-        start = np.concatenate([[0], np.cumsum(lengths)])
-        decodes = self._rows if content == "decode" else 0
-        return host_batch(start, self._seen, decodes, (slot, slot, none), none, self._pages, content)
+    def _collect(self, begin: float) -> list[Progress]:
+        ticket = self._flying.popleft()
+        planned = time.perf_counter()
+        result = self._device.collect(ticket)
+        waited = time.perf_counter()
+        progress = self.scheduler.commit(ticket.step, result)
+        self._steps += 1
+        self._generated += sum(len(row.tokens) for row in result.rows)
+        self._prompted += sum(len(row.tokens) for row in ticket.step.rows)
+        end = time.perf_counter()
+        self._times.append((end - begin, end - begin - (waited - planned), waited - planned))
+        return progress
 
 
-def cut_prompts(missing: np.ndarray, budget: int) -> np.ndarray:
-    """How many tokens of each prompt go into a step of `budget` tokens; a prompt is cut at multiples of a chunk only.
-
-    In order of the rows, as many as fit. `budget` is a multiple of the chunk, so that at least one prompt advances.
-    """
-    lengths = np.zeros_like(missing)
-    for row, count in enumerate(missing):
-        room = budget - int(lengths.sum())
-        lengths[row] = count if count <= room else room // CHUNK_TOKENS * CHUNK_TOKENS
-    return lengths
+def _units(all_units: int, evictable: int, free: int) -> Units:
+    return Units(all_units - evictable - free, evictable, free)
 
 
-def power_of_two(count: int) -> int:
-    """The least power of two that is at least `count`."""
-    return 1 << max(count - 1, 0).bit_length()
-
-
-def _page_table(requests: Sequence[Request], rows: int, page_size: int) -> np.ndarray:
-    """Pages for the whole length of each request, from page 1 on; 0 where a row needs none."""
-    needed = [-(-(len(r.prompt_token_ids) + r.token_limit) // page_size) for r in requests]
-    table = np.zeros((rows, power_of_two(max(needed))), np.int32)
-    first = 1
-    for row, count in enumerate(needed):
-        table[row, :count] = np.arange(first, first + count)
-        first += count
-    return table
-
-
-def score(runner: Runner, config: EngineConfig, tokens: Sequence[int]) -> np.ndarray:
-    """The logits `[T, Y]`, float32, after each of the tokens of one new request."""
-    pages = -(-len(tokens) // config.page_size)
-    table = np.zeros((1, power_of_two(pages)), np.int32)
-    table[0, :pages] = np.arange(1, pages + 1)
-    one, none = np.ones(1), np.zeros(1)
-    parts: list[np.ndarray] = []
-    seen = 0
-    while seen < len(tokens):
-        length = int(cut_prompts(np.array([len(tokens) - seen]), config.max_num_batched_tokens)[0])
-        packed = np.zeros(max(CHUNK_TOKENS, power_of_two(length)), np.int32)
-        packed[:length] = tokens[seen : seen + length]
-        start = np.array([0, length])
-        batch = host_batch(start, np.array([seen]), 0, (one, one, none), none, table, "prefill")
-        parts.append(runner.score(packed, batch)[:length])
-        seen += length
-    return np.concatenate(parts)
+def _use(bucket: Bucket, padding: Padding) -> BucketUse:
+    ratio = 1 - padding.real / padding.padded
+    return BucketUse(bucket.rows, bucket.tokens, bucket.pages, padding.steps, ratio)

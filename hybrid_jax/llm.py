@@ -9,38 +9,42 @@ import itertools
 import operator
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
 from hybrid_jax import checkpoint
+from hybrid_jax.answer import Answer
+from hybrid_jax.assembly import build_engine, plan_engine, start_line
 from hybrid_jax.config import Backend, Dtype, EngineConfig
-from hybrid_jax.engine import Engine, Progress, score
 from hybrid_jax.hf_directory import read_config
 from hybrid_jax.hub import find_model
-from hybrid_jax.request import CompletionOutput, FinishReason, Request, RequestOutput, SamplingParams, make_request
-from hybrid_jax.routing import Routing, route_model, summary
-from hybrid_jax.runner import Runner
-from hybrid_jax.tokenizer import Detokenizer, StopMatcher, Tokenizer, read_json_object, stated_eos_ids
+from hybrid_jax.request import RequestOutput, SamplingParams, make_request
+from hybrid_jax.routing import Routing, route_model
+from hybrid_jax.scheduler import QueueFull
+from hybrid_jax.stats import Stats
+from hybrid_jax.tokenizer import Tokenizer, read_json_object, stated_eos_ids
 from models.registry import find_family
 
-DEFAULT_MODEL_LEN = 8192
 Prompt = str | Sequence[int]
 
 
 class LLM:
     """A model ready to generate.
 
+    Requests of several calls run together: while a stream is read, other answers grow with it. Safe to use from several
+    threads; one of them drives the engine at a time.
+
     Args:
       model: a checkpoint directory (published safetensors, or Orbax), the name of a hub repository, or `"demo"`.
       The others are the fields of `EngineConfig`, where each is explained.
-    Raises ValueError for a checkpoint that is damaged or does not fit its config, and for a config out of range.
+    Raises ValueError for a checkpoint that is damaged or does not fit its config, for a config out of range, and for
+    limits that the memory of the device cannot meet; before the weights are read.
     """
 
     def __init__(
@@ -50,19 +54,42 @@ class LLM:
         backend: Backend = EngineConfig.backend,
         *,
         max_model_len: int | None = EngineConfig.max_model_len,
-        max_num_seqs: int = EngineConfig.max_num_seqs,
+        max_num_seqs: int | None = EngineConfig.max_num_seqs,
         max_num_batched_tokens: int = EngineConfig.max_num_batched_tokens,
         page_size: int = EngineConfig.page_size,
+        pages: int | None = EngineConfig.pages,
+        slots: int | None = EngineConfig.slots,
+        memory_fraction: float = EngineConfig.memory_fraction,
         decode_steps: int = EngineConfig.decode_steps,
+        prefix_caching: bool = EngineConfig.prefix_caching,
+        snapshot_interval: int = EngineConfig.snapshot_interval,
+        max_waiting: int = EngineConfig.max_waiting,
+        run_ahead: bool = EngineConfig.run_ahead,
+        compilation_cache: str | None = EngineConfig.compilation_cache,
+        canary: bool = EngineConfig.canary,
     ):
         self.config = EngineConfig(
-            dtype, backend, max_model_len, max_num_seqs, max_num_batched_tokens, page_size, decode_steps
+            dtype=dtype,
+            backend=backend,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            page_size=page_size,
+            pages=pages,
+            slots=slots,
+            memory_fraction=memory_fraction,
+            decode_steps=decode_steps,
+            prefix_caching=prefix_caching,
+            snapshot_interval=snapshot_interval,
+            max_waiting=max_waiting,
+            run_ahead=run_ahead,
+            compilation_cache=compilation_cache,
+            canary=canary,
         )
         self.path = find_model(str(model))
         hf = read_config(self.path)
         family = find_family(hf)
         self.model_config = family.Config.from_hf(hf)
-        self.max_model_len = _fit_length(max_model_len, self.model_config.max_positions)
         self.tokenizer = Tokenizer.find(self.path)
         self.eos_token_ids = self.tokenizer.eos_token_ids if self.tokenizer else stated_eos_ids(self.path)
         self.default_params = _default_params(self.path)
@@ -70,18 +97,26 @@ class LLM:
             lambda: family.Model(self.model_config, rngs=nnx.Rngs(0), dtype=dtype, backend=backend)
         )
         self.routing: Routing = route_model(abstract)
-        print(
-            f"{model}: {dtype} on {jax.default_backend()}, {_backends(self.routing)}; {summary(self.routing)}",
-            file=sys.stderr,
-        )
+        self.memory = plan_engine(abstract, self.routing, self.model_config.max_positions, self.config)
+        self.max_model_len = self.memory.max_model_len
+        print(start_line(str(model), self.config, self.routing, self.memory), file=sys.stderr)
         graph, state = nnx.split(abstract)
         loaded = checkpoint.load(self.path, state, family.weight_table(self.model_config))
-        pages = max_num_seqs * -(-self.max_model_len // page_size) + 1
-        precision = "highest" if dtype == "float32" else None
         merged = nnx.merge(graph, loaded)
-        self._runner = Runner(merged, self.routing, pages, max_num_seqs + 1, page_size, precision)
+        self._engine, self._runner = build_engine(merged, self.routing, self.memory, self.config, self.eos_token_ids)
+        self._answers: dict[str, Answer] = {}
         self._ids = itertools.count()
-        self._in_use = threading.Lock()
+        self._driving = threading.RLock()
+
+    def get_ready(self) -> None:
+        """Compile every program now. From then on nothing is compiled, which `stats` counts."""
+        with self._driving:
+            self._runner.compile_all()
+
+    def stats(self) -> Stats:
+        """What runs and waits, the pools, the prefix cache, compilations and times."""
+        with self._driving:
+            return self._engine.stats()
 
     def generate(
         self,
@@ -96,26 +131,18 @@ class LLM:
         Raises ValueError for a text where the model has no tokenizer, a token id outside the vocabulary, and a prompt
         that leaves no room in the context.
         """
-        listed = _listed(prompts)
-        requests = self._requests(listed, sampling_params)
-        outputs: list[RequestOutput] = []
-        for start in range(0, len(requests), self.config.max_num_seqs):
-            group = requests[start : start + self.config.max_num_seqs]
-            answers = [_Answer(request, self.tokenizer) for request in group]
-            for _ in self._run(group, answers):
-                pass
-            texts = [prompt if isinstance(prompt, str) else None for prompt in listed[start : start + len(group)]]
-            outputs += [answer.output(text) for answer, text in zip(answers, texts, strict=True)]
-        return outputs
+        answers = self._prepare(_listed(prompts), sampling_params)
+        self._run(answers)
+        return [answer.output() for answer in answers]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """Generate an answer to one prompt, piece by piece as the text becomes final.
 
-        Until the stream is at its end or closed, this LLM does nothing else. Raises as `generate` does, at once.
+        It runs while it is read; closing it aborts it. Raises as `generate` does, at once.
         """
-        requests = self._requests([prompt], sampling_params)
-        answers = [_Answer(requests[0], self._text())]
-        return (text for _, text in self._run(requests, answers) if text)
+        self._text()
+        (answer,) = self._prepare([prompt], sampling_params)
+        return self._read(answer)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Raises ValueError where the model has no tokenizer."""
@@ -136,35 +163,11 @@ class LLM:
                 f"wanted 1 to max_model_len={self.max_model_len} token ids, got {len(token_ids)}: cut them"
             )
         self._check_ids(token_ids)
-        with self._alone():
-            return score(self._runner, self.config, token_ids)
+        with self._driving:
+            return self._engine.score(token_ids)
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """The cache has one user at a time: two would hand out the same slots and pages."""
-        if not self._in_use.acquire(blocking=False):
-            raise ValueError(
-                "wanted an idle LLM, got one whose stream is still running: read it to its end or close it"
-            )
-        try:
-            yield
-        finally:
-            self._in_use.release()
-
-    def _run(self, requests: list[Request], answers: list["_Answer"]) -> Iterator[tuple[int, str]]:
-        """Run requests together; each row's new text as it becomes final."""
-        with self._alone():
-            engine = Engine(self._runner, self.config, requests, self.eos_token_ids)
-            while engine.unfinished:
-                for progress in engine.step():
-                    text = answers[progress.row].push(progress)
-                    if answers[progress.row].finish_reason is not None:
-                        engine.stop(progress.row)
-                    yield progress.row, text
-
-    def _requests(
-        self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[Request]:
+    def _prepare(self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Answer]:
+        """An answer yet to be begun for each prompt."""
         params = self.default_params if params is None else params
         if not isinstance(params, SamplingParams | Sequence) or isinstance(params, str):
             raise ValueError(
@@ -173,14 +176,85 @@ class LLM:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"wanted one SamplingParams for all prompts or {len(prompts)}, got {len(each)}")
-        made = []
+        answers = []
         for prompt, one in zip(prompts, each, strict=True):
+            text = prompt if isinstance(prompt, str) else None
             ids = self._text().encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
-            self._check_ids(ids)
-            made.append(make_request(str(next(self._ids)), ids, one, self.max_model_len))
+            self._check_ids([*ids, *dict(one.logit_bias), *(one.allowed_token_ids or ())])
             if one.stop:
                 self._text()
-        return made
+            request = make_request(str(next(self._ids)), ids, one, self.max_model_len)
+            answers.append(Answer(request, text, self.tokenizer))
+        return answers
+
+    # ---------------------------------------------------------------------------------------------------- the engine
+
+    def _run(self, answers: list[Answer]) -> None:
+        """Run answers to their ends, as many at once as the engine takes."""
+        waiting, running = deque(answers), list[Answer]()
+        try:
+            while waiting or running:
+                while waiting and self._begin(waiting[0]):
+                    running.append(waiting.popleft())
+                self._advance()
+                for answer in running:
+                    self._require_alive(answer)
+                running = [answer for answer in running if answer.finish_reason is None]
+        finally:
+            for answer in answers:
+                self._end(answer)
+
+    def _read(self, answer: Answer) -> Iterator[str]:
+        while not self._begin(answer):
+            self._advance()
+        try:
+            while answer.finish_reason is None:
+                self._advance()
+                self._require_alive(answer)
+                if text := answer.take_text():
+                    yield text
+            if text := answer.take_text():
+                yield text
+        finally:
+            self._end(answer)
+
+    def _begin(self, answer: Answer) -> bool:
+        """Hand a request to the engine; whether there was room in the line."""
+        with self._driving:
+            try:
+                self._engine.add(answer.request)
+            except QueueFull:
+                return False
+            self._answers[answer.request.id] = answer
+            return True
+
+    def _advance(self) -> None:
+        """One step of the engine, for all answers."""
+        with self._driving:
+            if not self._engine.unfinished:
+                return
+            try:
+                progressed = self._engine.step()
+            except BaseException:
+                self._answers.clear()
+                raise
+            for progress in progressed:
+                answer = self._answers[progress.request_id]
+                answer.push(progress)
+                if progress.finish_reason is None and answer.finish_reason is not None:
+                    self._engine.abort(progress.request_id)  # a stop string, which the engine does not know
+
+    def _require_alive(self, answer: Answer) -> None:
+        if answer.finish_reason is None and answer.request.id not in self._answers:
+            raise RuntimeError("another request broke the engine, which dropped all that ran: ask again")
+
+    def _end(self, answer: Answer) -> None:
+        """Forget an answer; abort it if it is not over."""
+        with self._driving:
+            if self._answers.pop(answer.request.id, None) is not None and answer.finish_reason is None:
+                self._engine.abort(answer.request.id)
+            while not self._answers and self._engine.unfinished:  # steps that were started before the end was known
+                self._engine.step()
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         """JAX clamps an id outside the vocabulary in silence, so it is refused here."""
@@ -193,57 +267,6 @@ class LLM:
         if self.tokenizer is None:
             raise ValueError(f"wanted token ids, got text: {self.path} has no tokenizer.json; pass lists of token ids")
         return self.tokenizer
-
-
-class _Answer:
-    """One answer as it grows: its tokens, its text, and why it ended."""
-
-    def __init__(self, request: Request, tokenizer: Tokenizer | None):
-        self.finish_reason: FinishReason | None = None
-        self._request = request
-        self._stop_reason: int | str | None = None
-        self._tokens: list[int] = []
-        self._pieces: list[str] = []
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
-        self._matcher = StopMatcher(request.params.stop, request.params.include_stop_str_in_output)
-
-    def push(self, progress: Progress) -> str:
-        """Take in new tokens; the text that they make final."""
-        before = len(self._pieces)
-        last = len(progress.token_ids) - 1
-        for index, token in enumerate(progress.token_ids):
-            self._tokens.append(token)
-            ends = index == last and progress.finish_reason == "stop"  # the text of a stop id is not part of the answer
-            if self._detokenizer is not None and not ends and self._stops_at(self._detokenizer.push([token])):
-                return "".join(self._pieces[before:])
-        self.finish_reason = progress.finish_reason
-        if self.finish_reason is not None:
-            self._finish()
-        return "".join(self._pieces[before:])
-
-    def output(self, prompt: str | None) -> RequestOutput:
-        """The answer as the user sees it."""
-        done = CompletionOutput(0, "".join(self._pieces), tuple(self._tokens), self.finish_reason, self._stop_reason)
-        ids = self._request.prompt_token_ids
-        return RequestOutput(self._request.id, prompt, ids, [done], 0, self.finish_reason is not None)
-
-    def _stops_at(self, text: str) -> bool:
-        """Take in text; whether a stop string ends the answer with it."""
-        if len(self._tokens) < self._request.params.min_tokens:
-            self._pieces.append(text)
-            return False
-        safe, found = self._matcher.feed(text)
-        self._pieces.append(safe)
-        if found is not None:
-            self.finish_reason, self._stop_reason = "stop", found
-        return found is not None
-
-    def _finish(self) -> None:
-        if self._detokenizer is not None:
-            self._pieces.append(self._matcher.finish() + self._detokenizer.finish())
-        token = self._tokens[-1] if self._tokens else None
-        if self.finish_reason == "stop" and token in self._request.params.stop_token_ids:
-            self._stop_reason = token
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -267,12 +290,6 @@ def _token_ids(values: Sequence[int]) -> list[int]:
     raise ValueError(f"wanted a list of token ids, whole numbers, got {str(values)[:80]}")
 
 
-def _fit_length(asked: int | None, positions: int) -> int:
-    if asked is not None and asked > positions:
-        raise ValueError(f"wanted max_model_len up to the model's {positions} positions, got {asked}: lower it")
-    return min(positions, DEFAULT_MODEL_LEN) if asked is None else asked
-
-
 def _default_params(directory: Path) -> SamplingParams:
     """How the checkpoint says that it wants to be sampled, in its generation_config.json."""
     stated = read_json_object(directory / "generation_config.json")
@@ -289,8 +306,3 @@ def _default_params(directory: Path) -> SamplingParams:
         )
     except ValueError as error:
         raise ValueError(f"generation_config.json: {error}") from None
-
-
-def _backends(routing: Routing) -> str:
-    pairs = dict.fromkeys((route.kind, route.backend) for route in routing.routes)
-    return ", ".join(f"{kind} by {backend}" for kind, backend in pairs)

@@ -1,154 +1,307 @@
-"""Runs a model on the device: three compiled programs that hold the model and the sampling, with the cache donated.
+"""Carries out steps on the device: packs what the schedule planned into arrays, and calls the compiled programs.
 
-`prefill` takes packed tokens and samples one token for each row, `decode` generates up to N tokens per row in a loop on
-the device, `score` gives the logits of every token. The runner knows arrays and rows, not requests or text.
+A program is compiled for each bucket of shapes, before the engine says that it is ready or when it is first met; both
+are counted. `submit` only starts a step; `collect` waits for its results, so that steps can be planned while others
+run. The runner knows arrays and rows, not queues or text.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
 
+from hybrid_jax.buckets import Bucket, Ladders, make_ladders, round_up
 from hybrid_jax.cache import allocate
-from hybrid_jax.request import RUNNING
-from hybrid_jax.routing import Routing
-from hybrid_jax.sampling import SamplingRows, finished, sample
-from kernels_pallas.op import Cache, RaggedBatch, check_batch
+from hybrid_jax.canary import Beliefs, empty_stamps
+from hybrid_jax.config import CHUNK_TOKENS
+from hybrid_jax.programs import DeviceMemory, Drawn, StepPlan, decode_loop, mixed_step, score
+from hybrid_jax.request import Request, TokenLogprobs
+from hybrid_jax.routing import Routing, keeps_pages
+from hybrid_jax.row_tables import empty_tables, place_row, row_contents
+from hybrid_jax.sampling import pack
+from hybrid_jax.step import RowResult, RowStep, Step, StepResult
+from kernels_pallas.op import Content, RaggedBatch, check_batch, host_batch
 from models.decoder import Decoder
+
+# On a GPU, launches between two branches of a step are recorded once and played as a graph, our own kernels among them.
+# Branches and loops inside the graphs made a step slower than a wait for their predicates.
+COMPILER_OPTIONS = {
+    "gpu": {
+        "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION",
+        "xla_gpu_graph_min_graph_size": 1,
+    }
+}
+
+
+@dataclass(frozen=True)
+class RunnerSizes:
+    """Sizes of what a runner holds. pages, slots: of the pools, the null unit included. rows: most that run at once.
+
+    row_pages: most pages of a row. step_tokens: most tokens of a step that prefills. loops: most tokens that a row
+    draws in a decode loop. grid: tokens between the snapshots that decoding may take. page_size: tokens. canary:
+    whether pages and slots are stamped and checked.
+    """
+
+    pages: int
+    slots: int
+    page_size: int
+    rows: int
+    row_pages: int
+    step_tokens: int
+    loops: int
+    grid: int
+    canary: bool
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A step that was started, and where its results will be."""
+
+    step: Step
+    drawn: Drawn
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Steps of one bucket, and the rows or tokens that were real in them out of all."""
+
+    steps: int
+    real: int
+    padded: int
 
 
 class Runner:
-    """One model with its weights, its cache and its compiled programs."""
+    """One model with its weights, its memory on the device, and its compiled programs."""
 
-    def __init__(self, model: Decoder, routing: Routing, pages: int, slots: int, page_size: int, precision: str | None):
+    def __init__(
+        self,
+        model: Decoder,
+        routing: Routing,
+        sizes: RunnerSizes,
+        eos_token_ids: Sequence[int],
+        precision: str | None,
+    ):
         graph, self._state = nnx.split(model)
-        self._pages, self._slots, self._page_size = pages, slots, page_size
-        self._precision = precision
-        self._empty_cache = partial(allocate, model.specs, routing, pages, slots, page_size)
-        self._cache = self._empty_cache()
-        self._prefill = jax.jit(partial(_prefill, graph), donate_argnums=(1,))
-        self._decode = jax.jit(partial(_decode, graph), static_argnames=("steps",), donate_argnums=(1,))
-        self._score = jax.jit(partial(_score, graph), donate_argnums=(1,))
+        self._sizes, self._eos, self._precision = sizes, tuple(eos_token_ids), precision
+        self._vocabulary = model.logits_width
+        self._allocate = partial(_allocate, model, routing, sizes, self._vocabulary)
+        self._memory = self._allocate()
+        self.ladders = _ladders(routing, sizes)
+        self._mixed = jax.jit(partial(mixed_step, graph, page_size=sizes.page_size), donate_argnums=(1,))
+        loop = partial(decode_loop, graph, loops=sizes.loops, grid=sizes.grid, page_size=sizes.page_size)
+        self._decode = jax.jit(loop, donate_argnums=(1,))
+        self._score = jax.jit(partial(score, graph), donate_argnums=(1,))
+        self._programs: dict[Bucket, Callable[..., Any]] = {}
+        self._padding: dict[Bucket, Padding] = {}
+        self._ready = False
+        self.compilations = 0
+        self.compiled_after_ready = 0
 
-    def prefill(self, tokens: np.ndarray, batch: RaggedBatch, rows: SamplingRows) -> tuple[np.ndarray, np.ndarray]:
-        """Run packed tokens `[T]`; the next token and the end reason of each row `[B]`."""
-        self._check(batch, len(tokens))
-        token, reason = self._run(self._prefill, tokens, batch, rows)
-        return token, reason
+    def compile_all(self, threads: int = 4) -> None:
+        """Compile the program of every bucket. From then on, a compilation counts as `compiled_after_ready`."""
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(self._program, self.ladders.all()))
+        contents = np.zeros(self._vocabulary, np.float32), np.zeros(self._vocabulary, np.int32)
+        self._memory = replace(self._memory, tables=place_row(self._memory.tables, 1, *contents))
+        self._ready = True
 
-    def decode(
-        self, tokens: np.ndarray, batch: RaggedBatch, rows: SamplingRows, steps: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Generate from each row's newest token `[B]`: tokens `[steps, B]`, each row's count and end reason `[B]`."""
-        ahead = np.maximum(np.minimum(steps, rows.token_limit - rows.sampled) - 1, 0)
-        self._check(replace(batch, seen=batch.seen + np.where(np.diff(batch.query_start) > 0, ahead, 0)), len(tokens))
-        made, count, reason = self._run(partial(self._decode, steps=steps), tokens, batch, rows)
-        return made, count, reason
+    def submit(self, step: Step) -> Ticket:
+        """Start a step. Its rows must be as `Step` says; every index is checked before it goes to the device.
 
-    def score(self, tokens: np.ndarray, batch: RaggedBatch) -> np.ndarray:
-        """The logits `[T, Y]`, float32, of every packed token."""
-        self._check(batch, len(tokens))
-        (logits,) = self._run(self._score, tokens, batch)
-        return logits
-
-    def _run(self, program: Callable[..., tuple[Any, ...]], *arguments: Any) -> list[np.ndarray]:
-        """Call a program, which takes the cache and gives it back as the last result; the other results on the host.
-
-        If anything interrupts the call, the donated cache is lost: what the requests had in it is gone, and the next
-        call starts with an empty one.
+        If anything interrupts the call, the memory on the device is lost: the next step starts with an empty one.
         """
+        bucket = self.ladders.choose(step)
+        tokens, batch, plan = self._arrays(step, bucket)
+        self._check(step, batch, len(tokens))
+        self._count(step, bucket)
+        arguments = (batch, plan) if step.decode_only else (tokens, batch, plan)
         try:
-            with jax.default_matmul_precision(self._precision):
-                *results, self._cache = program(self._state, self._cache, *arguments)
-            return [np.asarray(result) for result in results]
+            self._place(step)
+            self._memory, drawn = self._program(bucket)(self._state, self._memory, *arguments)
         except BaseException:
-            self._cache = self._empty_cache()
+            self.reset()
             raise
+        for array in (drawn.tokens, drawn.count, drawn.reason):
+            array.copy_to_host_async()
+        return Ticket(step, drawn)
 
-    def compiled_decode(self, tokens: np.ndarray, batch: RaggedBatch, rows: SamplingRows, steps: int) -> Any:
-        """The compiled decode program for these shapes, to be looked at."""
-        with jax.default_matmul_precision(self._precision):
-            return self._decode.lower(self._state, self._cache, tokens, batch, rows, steps=steps).compile()
+    def collect(self, ticket: Ticket) -> StepResult:
+        """Wait for a step and give its results."""
+        drawn, rows = ticket.drawn, ticket.step.rows
+        tokens, count, reason = (np.asarray(array) for array in (drawn.tokens, drawn.count, drawn.reason))
+        if self._sizes.canary:
+            _require_familiar(np.asarray(drawn.strange), rows)
+        logprobs: tuple[np.ndarray, ...] | None = None
+        if any(row.request.params.logprobs is not None for row in rows):
+            logprobs = tuple(np.asarray(array) for array in (drawn.logprob, drawn.top, drawn.top_ids))
+        results = []
+        for index, row in enumerate(rows):
+            made = tuple(tokens[: count[index], index].tolist())
+            results.append(RowResult(made, int(reason[index]), _row_logprobs(row.request, made, index, logprobs)))
+        return StepResult(tuple(results))
 
-    def _check(self, batch: RaggedBatch, tokens: int) -> None:
-        check_batch(batch, tokens, self._slots, self._pages, self._page_size)
+    def score(self, token_ids: Sequence[int], slot: int, pages: Sequence[int]) -> np.ndarray:
+        """The logits `[T, Y]`, float32, after each of the tokens of one new request, which has a slot and pages."""
+        parts: list[np.ndarray] = []
+        most = max(self._sizes.step_tokens // CHUNK_TOKENS * CHUNK_TOKENS, CHUNK_TOKENS)
+        table = np.zeros((1, round_up(max(len(pages), 1), self.ladders.pages)), np.int32)
+        table[0, : len(pages)] = pages
+        for start in range(0, len(token_ids), most):
+            piece = token_ids[start : start + most]
+            packed = np.zeros(round_up(len(piece), self.ladders.tokens), np.int32)
+            packed[: len(piece)] = piece
+            one, none = np.array([slot]), np.zeros(1)
+            ends = np.array([0, len(piece)])
+            batch = host_batch(ends, np.array([start]), 0, (one, one, none), none, table, "mixed")
+            check_batch(batch, len(packed), self._sizes.slots, self._sizes.pages, self._sizes.page_size)
+            with jax.default_matmul_precision(self._precision):
+                self._memory, logits = self._score(self._state, self._memory, packed, batch)
+            parts.append(np.asarray(logits)[: len(piece)])
+        return np.concatenate(parts)
 
+    def reset(self) -> None:
+        """Start again with an empty memory. The old one goes first: there is no room for both."""
+        del self._memory
+        self._memory = self._allocate()
 
-def _prefill(
-    graph: nnx.GraphDef[Decoder],
-    state: nnx.State,
-    cache: Cache,
-    tokens: Int[Array, "T"],
-    batch: RaggedBatch,
-    rows: SamplingRows,
-) -> tuple[Int[Array, "B"], Int[Array, "B"], Cache]:
-    model = nnx.merge(graph, state)
-    hidden, cache = model(tokens, cache, batch)
-    newest = hidden[jnp.maximum(batch.query_start[1:] - 1, 0)]
-    token = sample(model.logits(newest), rows)
-    return token, finished(token, rows)[1], cache
+    @property
+    def padding(self) -> dict[Bucket, Padding]:
+        """What each bucket was used for."""
+        return dict(self._padding)
 
+    def compiled(self, bucket: Bucket) -> Any:
+        """The compiled program of a bucket, to be looked at."""
+        return self._program(bucket)
 
-def _score(
-    graph: nnx.GraphDef[Decoder], state: nnx.State, cache: Cache, tokens: Int[Array, "T"], batch: RaggedBatch
-) -> tuple[Float[Array, "T Y"], Cache]:
-    model = nnx.merge(graph, state)
-    hidden, cache = model(tokens, cache, batch)
-    return model.logits(hidden), cache
+    # ------------------------------------------------------------------------------------------------------ programs
 
+    def _program(self, bucket: Bucket) -> Callable[..., Any]:
+        found = self._programs.get(bucket)
+        if found is None:
+            arguments = self._empty_arguments(bucket)
+            function = self._mixed if bucket.tokens else self._decode
+            with jax.default_matmul_precision(self._precision):
+                lowered = function.lower(self._state, self._memory, *arguments)
+                found = lowered.compile(compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
+            self._programs[bucket] = found
+            self.compilations += 1
+            self.compiled_after_ready += self._ready
+        return found
 
-def _decode(
-    graph: nnx.GraphDef[Decoder],
-    state: nnx.State,
-    cache: Cache,
-    tokens: Int[Array, "B"],
-    batch: RaggedBatch,
-    rows: SamplingRows,
-    *,
-    steps: int,
-) -> tuple[Int[Array, "N B"], Int[Array, "B"], Int[Array, "B"], Cache]:
-    """Up to `steps` tokens per row. A row that is done is absent from then on: it writes neither pages nor states."""
-    model = nnx.merge(graph, state)
-    made = jnp.zeros((steps, batch.rows), jnp.int32)
-    reason = jnp.where(batch.lengths > 0, RUNNING, RUNNING - 1)  # a row that never ran has no reason to end
+    def _empty_arguments(self, bucket: Bucket) -> tuple[Any, ...]:
+        tokens, batch, plan = self._arrays(Step(0, (), 1), bucket)
+        return (tokens, batch, plan) if bucket.tokens else (batch, plan)
 
-    def unfinished(carry: tuple[Any, ...]) -> Array:
-        index, _, _, _, reason, _ = carry
-        return (index < steps) & jnp.any(reason == RUNNING)
+    # -------------------------------------------------------------------------------------------------------- arrays
 
-    def one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        index, newest, made, count, reason, cache = carry
-        running = reason == RUNNING
-        step = _only(batch, running, count)
-        packed = (
-            jnp.zeros_like(newest).at[jnp.where(running, step.query_start[:-1], batch.rows)].set(newest, mode="drop")
+    def _arrays(self, step: Step, bucket: Bucket) -> tuple[np.ndarray, RaggedBatch, StepPlan]:
+        rows, count = step.rows, bucket.rows
+        lengths = _column([max(len(row.tokens), 1) for row in rows], count)
+        start = np.concatenate([[0], np.cumsum(lengths)])
+        tokens = np.zeros(bucket.tokens or count, np.int32)
+        for row, first in zip(rows, start, strict=False):
+            tokens[first : first + len(row.tokens)] = row.tokens
+        pages = np.zeros((count, bucket.pages), np.int32)
+        for index, row in enumerate(rows):
+            pages[index, : len(row.pages)] = row.pages
+        slots = (
+            _column([row.read_slot for row in rows], count),
+            _column([row.write_slot for row in rows], count),
+            _column([row.snapshot_slot for row in rows], count),
         )
-        hidden, cache = model(packed, cache, step)
-        now = rows.advanced(count)
-        token = sample(model.logits(hidden[jnp.minimum(step.query_start[:-1], batch.rows - 1)]), now)
-        made = made.at[index].set(jnp.where(running, token, 0))
-        reason = jnp.where(running, finished(token, now)[1], reason)
-        return index + 1, jnp.maximum(token, 0), made, count + running.astype(jnp.int32), reason, cache
+        seen = _column([row.seen for row in rows], count)
+        snapshot_length = _column([row.snapshot_length for row in rows], count)
+        decodes = step.decodes if bucket.tokens else count
+        content: Content = "mixed" if bucket.tokens else "decode"
+        batch = host_batch(start, seen, decodes, slots, snapshot_length, pages, content)
+        return tokens, batch, self._plan(rows, bucket)
 
-    start = (jnp.int32(0), tokens, made, jnp.zeros_like(tokens), reason, cache)
-    _, _, made, count, reason, cache = jax.lax.while_loop(unfinished, one, start)
-    return made, count, jnp.maximum(reason, RUNNING), cache
+    def _plan(self, rows: Sequence[RowStep], bucket: Bucket) -> StepPlan:
+        count = bucket.rows
+        requests, drawn = [row.request for row in rows], [row.drawn for row in rows]
+        sampling = pack(requests, drawn, count, self._eos, [row.row for row in rows])
+        return StepPlan(
+            sampling,
+            _column([row.draws for row in rows], count).astype(bool),
+            _column([row.ahead for row in rows], count),
+            _beliefs(rows, bucket) if self._sizes.canary else None,
+        )
+
+    def _check(self, step: Step, batch: RaggedBatch, tokens: int) -> None:
+        """Check all that the step may touch: a decode loop goes further than its first token."""
+        if step.decode_only:
+            ahead = np.zeros_like(batch.seen)
+            ahead[: len(step.rows)] = [row.ahead - 1 for row in step.rows]
+            batch = replace(batch, seen=batch.seen + ahead)
+        check_batch(batch, tokens, self._sizes.slots, self._sizes.pages, self._sizes.page_size)
+
+    def _place(self, step: Step) -> None:
+        """Put what a fresh row brings along into the tables, where its logits are shaped by it."""
+        for row in step.rows:
+            if row.fresh and row.request.params.shaped:
+                request = row.request
+                contents = row_contents(request.params, request.prompt_token_ids, row.placed, self._vocabulary)
+                tables = place_row(self._memory.tables, row.row, *contents)
+                self._memory = replace(self._memory, tables=tables)
+
+    def _count(self, step: Step, bucket: Bucket) -> None:
+        real, padded = (step.tokens, bucket.tokens) if bucket.tokens else (len(step.rows), bucket.rows)
+        old = self._padding.get(bucket, Padding(0, 0, 0))
+        self._padding[bucket] = Padding(old.steps + 1, old.real + real, old.padded + padded)
 
 
-def _only(batch: RaggedBatch, running: Array, count: Int[Array, "B"]) -> RaggedBatch:
-    """The batch of the rows that still run, each with its one newest token, after `count` tokens in this loop."""
-    start = jnp.cumsum(running.astype(jnp.int32), dtype=jnp.int32)
-    return replace(
-        batch,
-        query_start=jnp.concatenate([jnp.zeros((1,), jnp.int32), start]),
-        seen=batch.seen + count,
-        read_slot=jnp.where(running & (count > 0), batch.write_slot, batch.read_slot),
-        decodes=jnp.int32(batch.rows),
-        content="decode",
+def _allocate(model: Decoder, routing: Routing, sizes: RunnerSizes, vocabulary: int) -> DeviceMemory:
+    cache = allocate(model.specs, routing, sizes.pages, sizes.slots, sizes.page_size)
+    stamps = empty_stamps(sizes.pages, sizes.slots) if sizes.canary else None
+    return DeviceMemory(cache, empty_tables(sizes.rows + 1, vocabulary), stamps)
+
+
+def _ladders(routing: Routing, sizes: RunnerSizes) -> Ladders:
+    gathers = any(keeps_pages(route) and route.backend == "xla" for route in routing.routes)
+    return make_ladders(sizes.rows, sizes.step_tokens, sizes.row_pages, one_width=not gathers)
+
+
+def _column(values: Sequence[int], count: int) -> np.ndarray:
+    """One entry per row, zeros for padding."""
+    column = np.zeros(count, np.int32)
+    column[: len(values)] = values
+    return column
+
+
+def _beliefs(rows: Sequence[RowStep], bucket: Bucket) -> Beliefs:
+    owners = np.zeros((bucket.rows, bucket.pages), np.int32)
+    for index, row in enumerate(rows):
+        owners[index, : len(row.page_owners)] = row.page_owners
+    own, state = [row.owner for row in rows], [row.state_owner for row in rows]
+    return Beliefs(_column(own, bucket.rows), _column(state, bucket.rows), owners)
+
+
+def _require_familiar(strange: np.ndarray, rows: Sequence[RowStep]) -> None:
+    found = [row.request.id for row, is_strange in zip(rows, strange, strict=False) if is_strange]
+    if found:
+        raise RuntimeError(
+            f"canary: wanted pages and states that requests {', '.join(found)} or those before them wrote, got others: "
+            "the schedule gave out a page or a slot twice, or too early; this is a fault of the engine"
+        )
+
+
+def _row_logprobs(
+    request: Request, tokens: tuple[int, ...], row: int, logprobs: tuple[np.ndarray, ...] | None
+) -> tuple[TokenLogprobs, ...]:
+    asked = request.params.logprobs
+    if asked is None or logprobs is None:
+        return ()
+    chosen, top, ids = logprobs
+    return tuple(
+        TokenLogprobs(
+            token,
+            float(chosen[loop, row]),
+            tuple(zip(ids[loop, row, :asked].tolist(), top[loop, row, :asked].tolist(), strict=True)),
+        )
+        for loop, token in enumerate(tokens)
     )

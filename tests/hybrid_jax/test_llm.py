@@ -1,11 +1,12 @@
 """The Python API on the demo model and on tiny fixtures: text, tokens, stops, streams, logits, errors."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
 from hybrid_jax import LLM, SamplingParams
 from hybrid_jax.config import CHUNK_TOKENS, EngineConfig
-from hybrid_jax.engine import cut_prompts, power_of_two
 from kernels_pallas.op import CHUNK
 from tests.models.reference import FOLDER
 
@@ -181,37 +182,70 @@ def test_logits_of_any_legal_length(fixture_llm):
     np.testing.assert_allclose(one_row.logits(tokens[:70]), whole[:70], rtol=0, atol=1e-4)
 
 
-def test_one_user_of_the_cache_at_a_time(demo):
+def test_streams_and_calls_run_beside_each_other(demo):
+    alone = {prompt: "".join(demo.stream(prompt, GREEDY)) for prompt in ("The sea", "Rain")}
+    sea, rain = demo.stream("The sea", GREEDY), demo.stream("Rain", GREEDY)
+    texts = {"The sea": next(sea), "Rain": next(rain)}
+    assert demo.stats().running == 2
+    assert demo.generate("Rain", GREEDY)[0].outputs[0].text == alone["Rain"]
+    assert demo.logits(demo.encode("Rain")).argmax(-1)[-1] == demo.encode(alone["Rain"])[0]
+    texts["Rain"] += "".join(rain)
+    texts["The sea"] += "".join(sea)
+    assert texts == alone
+
+
+def test_a_stream_that_is_closed_leaves_the_engine(demo):
     whole = "".join(demo.stream("The sea", GREEDY))
-    stream = demo.stream("The sea", GREEDY)
-    first = next(stream)
-    for intruder in (
-        lambda: demo.generate("Rain", GREEDY),
-        lambda: demo.logits([1]),
-        lambda: next(demo.stream("Rain")),
-    ):
-        with pytest.raises(ValueError, match="stream is still running"):
-            intruder()
-    assert first + "".join(stream) == whole
-    unread = demo.stream("The sea", GREEDY)
+    unread = demo.stream("The sea", SamplingParams(temperature=0, ignore_eos=True))
+    never_begun = demo.stream("The sea", GREEDY)
     next(unread)
+    assert demo.stats().running == 1
     unread.close()
+    never_begun.close()
     assert demo.generate("The sea", GREEDY)[0].outputs[0].text == whole
+    stats = demo.stats()
+    assert (stats.running, stats.waiting, stats.pages.used, stats.slots.used) == (0, 0, 0, 0)
 
 
-def test_an_interrupted_call_loses_no_more_than_its_requests(demo, monkeypatch):
+def test_threads_share_the_engine(demo):
+    prompts = ["The sea", "Dear Anna,", "A fox met a crow who", "Rain", "Why", "Once"]
+    alone = [demo.generate(prompt, GREEDY)[0].outputs for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        together = list(threads.map(lambda prompt: demo.generate(prompt, GREEDY)[0].outputs, prompts))
+    assert together == alone
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupted_call_loses_no_more_than_its_requests(demo, monkeypatch, when):
     before = demo.generate("The sea", GREEDY)
-    program = demo._runner._decode
+    other = demo.stream("Rain", GREEDY)
+    next(other)
+    find = demo._runner._program
 
-    def interrupted(*arguments, **keywords):
-        program(*arguments, **keywords)  # the cache is donated and gone
-        raise KeyboardInterrupt
+    def interrupted(bucket):
+        def program(*arguments):
+            if when == "after":
+                find(bucket)(*arguments)  # the memory is donated and gone
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo._runner, "_decode", interrupted)
+        return program
+
+    monkeypatch.setattr(demo._runner, "_program", interrupted)
     with pytest.raises(KeyboardInterrupt):
         demo.generate("The sea", GREEDY)
     monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="another request broke the engine"):
+        list(other)
     assert demo.generate("The sea", GREEDY)[0].outputs == before[0].outputs
+    assert (demo.stats().pages.used, demo.stats().slots.used) == (0, 0)
+
+
+def test_a_queue_shorter_than_the_call_is_waited_for():
+    llm = LLM(FOLDER / "qwen3_5", "float32", max_model_len=128, max_num_seqs=1, page_size=16, max_waiting=1)
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    answers = llm.generate([[token, 5, 6] for token in range(5)], params)
+    assert [answer.prompt_token_ids[0] for answer in answers] == list(range(5))
+    assert all(len(answer.outputs[0].token_ids) == 3 for answer in answers)
 
 
 def test_token_ids_may_be_arrays_but_must_be_whole(fixture_llm):
@@ -285,10 +319,3 @@ def test_configs_out_of_range_are_refused(change):
 
 def test_the_host_cuts_prompts_where_the_kinds_cut_chunks():
     assert CHUNK_TOKENS == CHUNK  # stated twice, since the config imports no JAX
-
-
-def test_prompts_are_cut_at_chunks_only():
-    assert cut_prompts(np.array([10, 0, 500, 3]), 256).tolist() == [10, 0, 192, 3]
-    assert cut_prompts(np.array([256, 1]), 256).tolist() == [256, 0]
-    assert cut_prompts(np.array([300]), 64).tolist() == [64]
-    assert [power_of_two(n) for n in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]

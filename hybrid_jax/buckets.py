@@ -1,0 +1,69 @@
+"""The few shapes that steps are rounded up to, so that few programs are compiled. Imports no JAX."""
+
+from dataclasses import dataclass
+from itertools import product
+
+from hybrid_jax.config import CHUNK_TOKENS
+from hybrid_jax.step import Step
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Shape of a program: rows, packed tokens (0 for a decode loop, which has one a row), pages of a row."""
+
+    rows: int
+    tokens: int
+    pages: int
+
+
+@dataclass(frozen=True)
+class Ladders:
+    """The sizes to choose from, rising; the last of each is the most there can be.
+
+    decode_rows, tokens: by factors of 2, as padding costs time there. step_rows: of steps that prefill, by factors of
+    8. pages: one width where a kernel reads only the pages in use, else by factors of 4.
+    """
+
+    decode_rows: tuple[int, ...]
+    step_rows: tuple[int, ...]
+    tokens: tuple[int, ...]
+    pages: tuple[int, ...]
+
+    def choose(self, step: Step) -> Bucket:
+        """The smallest bucket that holds a step."""
+        pages = round_up(max(len(row.pages) for row in step.rows), self.pages)
+        if step.decode_only:
+            return Bucket(round_up(len(step.rows), self.decode_rows), 0, pages)
+        return Bucket(round_up(len(step.rows), self.step_rows), round_up(step.tokens, self.tokens), pages)
+
+    def all(self) -> tuple[Bucket, ...]:
+        """Every bucket, the decode loops first."""
+        decodes = [Bucket(rows, 0, pages) for rows, pages in product(self.decode_rows, self.pages)]
+        return (*decodes, *(Bucket(*sizes) for sizes in product(self.step_rows, self.tokens, self.pages)))
+
+
+def make_ladders(rows: int, step_tokens: int, pages: int, one_width: bool) -> Ladders:
+    """The ladders up to so many rows, tokens of a step that prefills, and pages of a row."""
+    return Ladders(
+        decode_rows=ladder(1, rows, 2),
+        step_rows=ladder(min(8, rows), rows, 8),
+        tokens=ladder(CHUNK_TOKENS, step_tokens, 2),
+        pages=(max(pages, 1),) if one_width else ladder(8, max(pages, 1), 4),
+    )
+
+
+def ladder(least: int, most: int, factor: int) -> tuple[int, ...]:
+    """`least`, `least * factor`, … up to and including `most`."""
+    steps = []
+    while least < most:
+        steps.append(least)
+        least *= factor
+    return (*steps, most)
+
+
+def round_up(count: int, steps: tuple[int, ...]) -> int:
+    """The first step that holds `count`. Raises ValueError where none does."""
+    for step in steps:
+        if count <= step:
+            return step
+    raise ValueError(f"wanted at most {steps[-1]}, got {count}: the schedule went over its limits")

@@ -1,0 +1,119 @@
+"""A request on its way through the schedule, and the line in which it waits. Imports no JAX."""
+
+import heapq
+from collections import deque
+from dataclasses import dataclass, field
+
+from hybrid_jax.prefix_cache import Lease
+from hybrid_jax.request import FinishReason, Request
+
+MAX_OVERTAKES = 64  # admissions that may pass a waiting request, beside those that were in line before it
+
+
+@dataclass(eq=False)
+class Entry:
+    """A request, what is known of it, and, while it runs, what it holds and what was planned for it."""
+
+    request: Request
+    arrival: int
+    drawn: list[int] = field(default_factory=list)  # tokens known to be drawn
+    cached_tokens: int | None = None  # at the first admission
+    ended: FinishReason | None = None
+    in_flight: int = 0  # steps issued and not yet committed
+    # While it runs:
+    row: int = 0
+    slot: int = 0
+    read_slot: int = 0
+    table: list[int] = field(default_factory=list)
+    own: set[int] = field(default_factory=set)  # pages of the table that are not the cache's
+    owner: int = 0  # number of this start, for the canary
+    state_owner: int = 0  # who wrote the state in `read_slot`
+    page_owners: list[int] = field(default_factory=list)  # who wrote each page of the table
+    lease: Lease | None = None
+    fresh: bool = False  # no step was made since it was admitted
+    target: int = 0  # tokens to prefill
+    fed: int = 0  # tokens fed by the steps issued
+    planned: int = 0  # tokens drawn by the steps issued, if the request does not end
+    points: deque[int] = field(default_factory=deque)  # where the prefill is to leave snapshots
+    carried: int = 0  # slot of the snapshot that decoding takes along
+    carried_at: int = 0  # position of that snapshot; 0 while there is none
+
+    @property
+    def id(self) -> str:
+        """The request's."""
+        return self.request.id
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Place in line: by priority, then by arrival."""
+        return self.request.priority, self.arrival
+
+    @property
+    def tokens(self) -> list[int]:
+        """All tokens that are known."""
+        return [*self.request.prompt_token_ids, *self.drawn]
+
+    def span(self, start: int, end: int) -> tuple[int, ...]:
+        """Known tokens from one position to another."""
+        prompt = self.request.prompt_token_ids
+        after = len(prompt)
+        return prompt[start:end] + tuple(self.drawn[max(start - after, 0) : max(end - after, 0)])
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether tokens of the prompt are still to be fed."""
+        return self.fed < self.target
+
+    @property
+    def decodable(self) -> bool:
+        """Whether a further token may be drawn, as far as is known."""
+        return not self.prefilling and self.ended is None and self.planned < self.request.token_limit
+
+    @property
+    def fed_for_sure(self) -> int:
+        """Tokens fed once all issued steps are committed: the newest drawn token is not fed yet."""
+        if self.prefilling or not self.drawn:
+            return self.fed
+        return len(self.request.prompt_token_ids) + len(self.drawn) - 1
+
+
+class WaitingLine:
+    """The requests that wait, first the most urgent, then the oldest; nobody is overtaken without end."""
+
+    def __init__(self) -> None:
+        self._due: dict[Entry, int] = {}
+        self._by_order: list[tuple[tuple[int, int], Entry]] = []
+        self._by_arrival: list[tuple[int, Entry]] = []
+        self._admissions = 0
+
+    def __len__(self) -> int:
+        return len(self._due)
+
+    def __contains__(self, entry: Entry) -> bool:
+        return entry in self._due
+
+    def add(self, entry: Entry) -> None:
+        """Put an entry in line. One that was preempted keeps its arrival."""
+        self._due[entry] = self._admissions + len(self._due) + MAX_OVERTAKES
+        heapq.heappush(self._by_order, (entry.order, entry))
+        heapq.heappush(self._by_arrival, (entry.arrival, entry))
+
+    def first(self) -> Entry | None:
+        """Who is next: the oldest if it was overtaken too often, else the first in order."""
+        while self._by_order and self._by_order[0][1] not in self._due:
+            heapq.heappop(self._by_order)
+        while self._by_arrival and self._by_arrival[0][1] not in self._due:
+            heapq.heappop(self._by_arrival)
+        if not self._due:
+            return None
+        oldest = self._by_arrival[0][1]
+        return oldest if self._due[oldest] <= self._admissions else self._by_order[0][1]
+
+    def admit(self, entry: Entry) -> None:
+        """Take an entry out of the line to run."""
+        self.remove(entry)
+        self._admissions += 1
+
+    def remove(self, entry: Entry) -> None:
+        """Take an entry out of the line."""
+        del self._due[entry]
