@@ -122,26 +122,38 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> list[RequestOutput]:
         """Generate an answer to each prompt, in the order given.
 
         Args:
           prompts: one prompt or several, each a text or a list of token ids.
           sampling_params: for all prompts, or one for each; None takes `default_params`, which the checkpoint gives.
+          priority: of these requests beside those of other calls; the smallest number runs first.
+          cache_salt: keeps what the prefix cache holds for these prompts apart from that of other salts.
         Raises ValueError for a text where the model has no tokenizer, a token id outside the vocabulary, and a prompt
         that leaves no room in the context.
         """
-        answers = self._prepare(_listed(prompts), sampling_params)
+        answers = self._prepare(_listed(prompts), sampling_params, priority, cache_salt)
         self._run(answers)
         return [answer.output() for answer in answers]
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
-        """Generate an answer to one prompt, piece by piece as the text becomes final.
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Iterator[str]:
+        """Generate an answer to one prompt, piece by piece as the text becomes final; arguments as of `generate`.
 
         It runs while it is read; closing it aborts it. Raises as `generate` does, at once.
         """
         self._text()
-        (answer,) = self._prepare([prompt], sampling_params)
+        (answer,) = self._prepare([prompt], sampling_params, priority, cache_salt)
         return self._read(answer)
 
     def encode(self, text: str) -> list[int]:
@@ -166,7 +178,13 @@ class LLM:
         with self._driving:
             return self._engine.score(token_ids)
 
-    def _prepare(self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list[Answer]:
+    def _prepare(
+        self,
+        prompts: list[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: int,
+        cache_salt: str,
+    ) -> list[Answer]:
         """An answer yet to be begun for each prompt."""
         params = self.default_params if params is None else params
         if not isinstance(params, SamplingParams | Sequence) or isinstance(params, str):
@@ -183,7 +201,9 @@ class LLM:
             self._check_ids([*ids, *dict(one.logit_bias), *(one.allowed_token_ids or ())])
             if one.stop:
                 self._text()
-            request = make_request(str(next(self._ids)), ids, one, self.max_model_len)
+            request = make_request(
+                str(next(self._ids)), ids, one, self.max_model_len, priority=priority, cache_salt=cache_salt
+            )
             answers.append(Answer(request, text, self.tokenizer))
         return answers
 
