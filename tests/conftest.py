@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the platform, the threads and the strict modes before any test module imports JAX."""
-    os.environ["NPROC"] = "16"  # threads of XLA: interpreted kernels wait for one another, and with two they wait for ever
+    os.environ["NPROC"] = "16"  # threads of XLA: interpreted kernels wait for one another, with two of them for ever
     os.environ["JAX_PLATFORMS"] = PLATFORMS[config.getoption("--device")]
     import jax
 

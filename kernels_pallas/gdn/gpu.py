@@ -1,0 +1,153 @@
+"""The gated delta rule on Hopper: rows in decode by one kernel from the projections to the gated output.
+
+The recurrence of `xla.py`, with the sums over key channels of one pass over the state (k and q not yet of unit length,
+c_k and c_q what makes them so, d the decay):
+
+    w = c_k beta (v - d c_k S k);   o = c_q (d S q + (q . k) w);   S <- d S + w k^T
+
+A family of blocks is the value heads of one key head; a slab is one head, so that its norm needs no other block. Rows
+that prefill take the path of `xla.py`.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from kernels_pallas.gdn.xla import GDNWeights
+from kernels_pallas.gdn.xla import gdn as gdn_xla
+from kernels_pallas.linear_decode_gpu import (
+    MEMBERS,
+    WIDTH,
+    Block,
+    Ref,
+    Slabs,
+    alike,
+    await_state,
+    by_rows,
+    check_decode,
+    decode,
+    dot,
+    fetch_state,
+    finish,
+    load_row,
+    products,
+    read_window,
+    share,
+    silu,
+    softplus,
+    squared,
+    store_state,
+    tails_read,
+    update,
+    warpgroups,
+)
+from kernels_pallas.norm import L2_EPSILON
+from kernels_pallas.op import RaggedBatch, StateSpec
+
+QUERY, KEY, VALUE = 0, 1, 2  # vectors in shared memory
+
+
+@dataclass(frozen=True)
+class _Settings:
+    key_heads: int
+    epsilon: float
+    beta_scale: float
+
+
+def gdn(
+    mixed: Float[Array, "T 2*G*K+H*V"],
+    z: Float[Array, "T H V"],
+    b: Float[Array, "T H"],
+    a: Float[Array, "T H"],
+    weights: GDNWeights,
+    state: Float[Array, "L N H V K"],
+    tail: Float[Array, "L N W-1 2*G*K+H*V"],
+    layer: int,
+    batch: RaggedBatch,
+    *,
+    key_heads: int,
+    epsilon: float,
+    beta_scale: float = 1.0,
+) -> tuple[Float[Array, "T H*V"], Float[Array, "L N H V K"], Float[Array, "L N W-1 2*G*K+H*V"]]:
+    """One gated delta rule layer between its projections, as `xla.gdn`.
+
+    Raises NotImplementedError unless activations and tails are bfloat16, states float32, key and value heads 128 wide,
+    and a key head serves at most 8 value heads.
+    """
+    heads, value_width, _ = state.shape[2:]
+    check_decode("gdn", (mixed, z, b, a, tail), state)
+    if value_width != WIDTH or heads > MEMBERS * key_heads:
+        raise NotImplementedError(
+            f"gdn on a GPU wants value heads of width {WIDTH}, at most {MEMBERS} of a key head, got width {value_width}"
+            f" and {heads} of {key_heads} key heads; use backend 'xla'"
+        )
+    inputs = (mixed, z.reshape(z.shape[0], -1), b, a, *_kernel_weights(weights))
+    settings = _Settings(key_heads, epsilon, beta_scale)
+    slabs = Slabs(key_heads, heads // key_heads, WIDTH, warpgroups(batch.rows * heads))
+
+    def prefill(pools: tuple[Array, ...], batch: RaggedBatch) -> tuple[Array, tuple[Array, ...]]:
+        state, tail = pools
+        out, state, tail = gdn_xla(
+            mixed, z, b, a, weights, state, tail, layer, batch,
+            key_heads=key_heads, epsilon=epsilon, beta_scale=beta_scale,
+        )  # fmt: skip
+        return out, (state, tail)
+
+    def step(pools: tuple[Array, ...], batch: RaggedBatch) -> tuple[Array, tuple[Array, ...]]:
+        return decode("gdn_decode", _decode_row, settings, slabs, 3, inputs, pools, layer, batch, mixed.dtype)
+
+    out, (state, tail) = by_rows(step, prefill, (state, tail), batch)
+    return out, state, tail
+
+
+def _kernel_weights(weights: GDNWeights) -> tuple[Array, ...]:
+    return weights.convolution, weights.decay_log, weights.decay_bias, weights.output_norm
+
+
+def _decode_row(settings: _Settings, block: Block, inputs: tuple[Ref, ...], tail: Ref, out: Ref) -> None:
+    """One row, one value head."""
+    mixed, z, b, a, convolution, decay_log, decay_bias, output_norm = inputs
+    fetch_state(block)
+    head, token, tiles = block.slab, block.token, range(block.slabs.tiles)
+    starts = (
+        block.family * WIDTH,
+        (settings.key_heads + block.family) * WIDTH,
+        (2 * settings.key_heads + head) * WIDTH,
+    )
+    owners = (0, block.slabs.members - 1, None)
+    windows = tuple(read_window(block, mixed, convolution, tail, *place) for place in zip(starts, owners, strict=True))
+    beta = settings.beta_scale * jax.nn.sigmoid(b[token, head].astype(jnp.float32))
+    rate = softplus(a[token, head].astype(jnp.float32) + decay_bias[head])
+    decay = jnp.exp(-jnp.exp(decay_log[head]) * rate)
+    gates = [load_row(z.at[token, block.channels(index)]) for index in tiles]
+    norms = [load_row(output_norm.at[block.tile(index)]) for index in tiles]
+    for vector, window in zip((QUERY, KEY, VALUE), windows, strict=True):
+        block.vector(vector)[...] = silu(window.convolved())
+    share(block)
+    tails_read(block)
+    q_length = lax.rsqrt(dot(block, QUERY, QUERY) + L2_EPSILON) * WIDTH**-0.5
+    k_length = lax.rsqrt(dot(block, KEY, KEY) + L2_EPSILON)
+    overlap = dot(block, QUERY, KEY)
+    await_state(block)
+    outputs = []
+    for index in tiles:
+        recalled, carried = products(block, index, (KEY, QUERY))
+        added = beta * (load_row(block.vector_tile(VALUE, index)) - decay * recalled * k_length) * k_length
+        outputs.append((decay * carried + overlap * added) * q_length)
+        update(block, index, alike(decay), added, KEY)
+    store_state(block)
+    scale = lax.rsqrt(squared(block, outputs) * (1.0 / WIDTH) + settings.epsilon)
+    for index, output, gate, norm in zip(tiles, outputs, gates, norms, strict=True):
+        out.at[token, block.channels(index)][...] = (output * scale * norm * silu(gate)).astype(out.dtype)
+    finish(block, tail, windows)
+
+
+def fits(memory: StateSpec, dtype: str) -> bool:
+    """Whether the kernels have the shapes and dtypes of a layer that remembers this and computes in `dtype`."""
+    state, tail = memory.arrays
+    heads, value_width, key_width = state.shape
+    key_heads = (tail.shape[1] - heads * value_width) // (2 * key_width)
+    return dtype == "bfloat16" and value_width == key_width == WIDTH and heads <= MEMBERS * key_heads
