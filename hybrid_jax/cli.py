@@ -20,11 +20,11 @@ from hybrid_jax import inspection
 from hybrid_jax import plan as planning
 from hybrid_jax.bench.verbs import Benches
 from hybrid_jax.config import Backend, Dtype
-from hybrid_jax.hf_directory import read_config
 from hybrid_jax.hub import find_model
 from hybrid_jax.llm import LLM
 from hybrid_jax.memory import Limits, plan_memory
 from hybrid_jax.progress import show_progress
+from hybrid_jax.published_config import read_published_config
 from hybrid_jax.request import SamplingParams
 from hybrid_jax.routing import Routing, route_model, summary, to_json, to_table
 from models.registry import find_family
@@ -225,7 +225,7 @@ def main() -> None:
 
 
 def _read_routing(path: Path, dtype: Dtype, backend: Backend) -> Routing:
-    hf = read_config(path)
+    hf = read_published_config(path)
     family = find_family(hf)
     config = family.Config.from_hf(hf)
     return route_model(nnx.eval_shape(lambda: family.Model(config, rngs=nnx.Rngs(0), dtype=dtype, backend=backend)))

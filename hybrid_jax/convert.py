@@ -29,11 +29,11 @@ from hybrid_jax.hf_directory import (
     find_file,
     open_hf,
     raise_problems,
-    read_config,
 )
 from hybrid_jax.orbax_directory import OTHER, PARAMETERS, RECORD, OrbaxCheckpoint, Published, is_orbax, open_orbax
 from hybrid_jax.orbax_tree import Leaf
 from hybrid_jax.progress import Progress
+from hybrid_jax.published_config import read_published_config
 from hybrid_jax.safetensors import DTYPE_NAMES, FileWriter, Header, make_header
 from hybrid_jax.spelling import Found, Plan, cut_as_stored, entry_problems, fill, match, pick
 
@@ -67,7 +67,7 @@ def to_orbax(source: Path, destination: Path, progress: Progress) -> None:
 
     Raises ValueError where the source is damaged or does not fit its config, or the destination holds anything else.
     """
-    outline = make_outline(read_config(source))
+    outline = make_outline(read_published_config(source))
     checkpoint = open_hf(source)
     entries = header_leaves(checkpoint)
     plan = cut_as_stored(match(outline.table, checkpoint.names), {name: leaf.shape for name, leaf in entries.items()})
@@ -132,7 +132,7 @@ def to_hf(source: Path, destination: Path, progress: Progress) -> None:
 
     Raises ValueError where the source is damaged or does not fit its config, or the destination holds anything else.
     """
-    outline = make_outline(read_config(source))
+    outline = make_outline(read_published_config(source))
     if not is_orbax(source):
         raise ValueError(f"{source}: wanted an Orbax directory with {PARAMETERS}, got none")
     checkpoint = open_orbax(source)

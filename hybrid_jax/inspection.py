@@ -15,9 +15,10 @@ from rich.table import Table
 
 from hybrid_jax.checkpoint import Outline, make_outline, orbax_plan, stored_problems
 from hybrid_jax.convert import record_problems
-from hybrid_jax.hf_directory import check_complete, list_hf, read_config
+from hybrid_jax.hf_directory import check_complete, list_hf
 from hybrid_jax.orbax_directory import OTHER, PARAMETERS, is_orbax, open_orbax
 from hybrid_jax.orbax_tree import Leaf
+from hybrid_jax.published_config import read_published_config
 from hybrid_jax.safetensors import DTYPES
 from hybrid_jax.spelling import Plan, cut_as_stored, entry_problems, find_spellings
 
@@ -75,7 +76,7 @@ class _Contents:
 
 def inspect(path: Path) -> Inspection:
     """Describe a checkpoint directory, or the model of a config.json by itself. Raises ValueError without a config."""
-    hf = read_config(path)
+    hf = read_published_config(path)
     outline = make_outline(hf)
     contents = _read(path, outline)
     return Inspection(
@@ -97,7 +98,7 @@ def inspect(path: Path) -> Inspection:
 def verify(path: Path) -> Verification:
     """Check a checkpoint: files, index, names, dtypes and shapes are exactly those that its config asks for."""
     problems: list[str] = []
-    outline = _gather(problems, lambda: make_outline(read_config(path)))
+    outline = _gather(problems, lambda: make_outline(read_published_config(path)))
     if outline is None or not path.is_dir():
         problems = problems or [f"{path}: wanted a checkpoint directory, got a config by itself"]
         return Verification(path, "config", 0, tuple(problems))

@@ -22,8 +22,8 @@ from hybrid_jax import checkpoint
 from hybrid_jax.answer import Answer
 from hybrid_jax.assembly import build_engine, plan_engine, start_line
 from hybrid_jax.config import Backend, Dtype, EngineConfig
-from hybrid_jax.hf_directory import read_config
 from hybrid_jax.hub import find_model
+from hybrid_jax.published_config import read_published_config
 from hybrid_jax.request import RequestOutput, SamplingParams, make_request
 from hybrid_jax.routing import Routing, route_model
 from hybrid_jax.scheduler import QueueFull
@@ -87,7 +87,7 @@ class LLM:
             canary=canary,
         )
         self.path = find_model(str(model))
-        hf = read_config(self.path)
+        hf = read_published_config(self.path)
         family = find_family(hf)
         self.model_config = family.Config.from_hf(hf)
         self.tokenizer = Tokenizer.find(self.path)

@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from hybrid_jax.config import Backend, Dtype
-from hybrid_jax.hf_directory import read_config
 from hybrid_jax.memory import GIB, MemoryPlan, ModelSizes, format_bytes, parts_bytes
+from hybrid_jax.published_config import read_published_config
 from hybrid_jax.routing import Routing, keeps_pages, route_model
 from kernels_pallas.op import ArraySpec
 from models.decoder import TARGET, Decoder, Route
@@ -44,7 +44,7 @@ class Model:
 
 def build(path: Path, dtype: Dtype, backend: Backend) -> Model:
     """The abstract model of a checkpoint directory or config.json."""
-    hf = read_config(path)
+    hf = read_published_config(path)
     family = find_family(hf)
     config = family.Config.from_hf(hf)
     decoder = nnx.eval_shape(lambda: family.Model(config, rngs=nnx.Rngs(0), dtype=dtype, backend=backend))

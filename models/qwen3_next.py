@@ -1,11 +1,11 @@
 """Qwen3-Next: gated delta rule with gated attention, a mixture of experts in every layer.
 
 Same layers as Qwen3.5 but for the projections of the delta rule, which are packed per key head. Published checkpoints
-hold a draft layer (`mtp.*`) that their config does not announce: it is left out unless the config is given
-`"num_nextn_predict_layers": 1`. Definition: the `qwen3_next` classes of transformers; the draft layer follows the open
-serving engines, since those classes leave it out.
+hold a draft layer (`mtp.*`) that their config does not announce: `complete` reads it off the tensors. Definition: the
+`qwen3_next` classes of transformers, which leave the draft layer out; that follows the open serving engines.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from models.qwen3_5 import FULL, LINEAR, SparseShape, attention_rows, draft_rows
 from models.weights import Weight, WeightTable, trunk_rows, weight
 
 ARCHITECTURES = ("Qwen3NextForCausalLM",)
+DRAFT_FIELD = "num_nextn_predict_layers"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Config:
             rope_theta=f.number("rope_theta"),
             rotary_width=_read_rotary_width(f, attention.width),
             tied=f.flag("tie_word_embeddings", False),
-            draft=f.whole("num_nextn_predict_layers", 0, least=0) == 1,
+            draft=f.whole(DRAFT_FIELD, 0, least=0) == 1,
             max_positions=f.whole("max_position_embeddings"),
         )
         f.done()
@@ -83,7 +84,7 @@ def _refuse_variants(f: Fields) -> None:
     f.accept("rope_scaling", None)
     f.accept("use_sliding_window", False)
     f.accept("sliding_window", None)
-    f.accept("num_nextn_predict_layers", 0, 1)
+    f.accept(DRAFT_FIELD, 0, 1)
 
 
 def _read_kinds(f: Fields) -> tuple[str, ...]:
@@ -134,6 +135,12 @@ class PackedDeltaAttention(nnx.Module):
         b_a = self.b_a(x)
         b, a = b_a[:, :, 0].reshape(tokens, -1), b_a[:, :, 1].reshape(tokens, -1)
         return self.core(mixed, z, b, a, self.place, cache, batch)
+
+
+def complete(hf: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
+    """The config with the draft layer that is among the tensors, where it says nothing of one."""
+    unannounced = DRAFT_FIELD not in hf and any(name.startswith("mtp.") for name in tensors)
+    return hf | {DRAFT_FIELD: 1} if unannounced else hf
 
 
 class Model(Decoder):

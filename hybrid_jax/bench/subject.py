@@ -18,8 +18,8 @@ from flax import nnx
 
 from hybrid_jax import checkpoint
 from hybrid_jax.config import Backend, Dtype
-from hybrid_jax.hf_directory import read_config
 from hybrid_jax.hub import find_model
+from hybrid_jax.published_config import read_published_config
 from hybrid_jax.routing import Routing, route_model
 from models.decoder import Decoder
 from models.registry import find_family
@@ -65,7 +65,7 @@ def open_subject(name: str, dtype: Dtype, backend: Backend, layers: int | None =
     Raises ValueError for a checkpoint of which only some layers are wanted, and as the reading of either does.
     """
     path = find_model(name)
-    hf = read_config(path)
+    hf = read_published_config(path)
     family = find_family(hf)
     config = family.Config.from_hf(hf)
     if path.is_file():
