@@ -218,7 +218,7 @@ class Runner:
         snapshot_length = _column([row.snapshot_length for row in rows], count)
         decodes = step.decodes if bucket.tokens else count
         content: Content = "mixed" if bucket.tokens else "decode"
-        batch = host_batch(start, seen, decodes, slots, snapshot_length, pages, content)
+        batch = host_batch(start, seen, decodes, slots, snapshot_length, pages, content, bucket.prefills)
         return tokens, batch, self._plan(rows, bucket)
 
     def _plan(self, rows: Sequence[RowStep], bucket: Bucket) -> StepPlan:

@@ -148,6 +148,7 @@ class RaggedBatch:
     snapshot_length: Int[Array, "B"]  # new tokens after which the state is stored a second time
     pages: Int[Array, "B M"]  # page table; unused entries are 0
     content: Content = field(default="mixed", metadata={"static": True})  # which rows there may be beside absent ones
+    prefills: int | None = field(default=None, metadata={"static": True})  # most rows that prefill; None: all may
 
     @property
     def rows(self) -> int:
@@ -183,11 +184,12 @@ def host_batch(
     snapshot_length: np.ndarray,
     pages: np.ndarray,
     content: Content,
+    prefills: int | None = None,
 ) -> RaggedBatch:
     """A batch of NumPy arrays, as the host makes it; `slots` are those to read, to write, and of the snapshots."""
     listed = (query_start, seen, np.asarray(decodes), *slots, snapshot_length, pages)
     start, old, count, read, write, snapshot, length, table = (_int32(array) for array in listed)
-    return RaggedBatch(start, old, count, read, write, snapshot, length, table, content)
+    return RaggedBatch(start, old, count, read, write, snapshot, length, table, content, prefills)
 
 
 def _int32(array: np.ndarray) -> Any:  # a host array where the device will have one of its own
@@ -231,7 +233,8 @@ class Chunks:
 
 def prefill_chunks(batch: RaggedBatch, tokens: int, size: int) -> Chunks:
     """Cut the rows that prefill into chunks of `size` tokens."""
-    count = (tokens + batch.rows * (size - 1)) // size  # each row adds less than one chunk
+    most = batch.rows if batch.prefills is None else batch.prefills
+    count = (tokens + most * (size - 1)) // size  # each row adds less than one chunk
     lengths = jnp.where(batch.in_decode, 0, batch.lengths)
     ends = jnp.cumsum((lengths + size - 1) // size)
     index = jnp.arange(count, dtype=jnp.int32)
@@ -329,6 +332,9 @@ def check_batch(batch: RaggedBatch, tokens: int, slots: int, pages: int, page_si
     _require((lengths[:decodes] <= 1).all(), "length of a row in decode", "at most 1", lengths[:decodes])
     _require(batch.may_prefill or (lengths[decodes:] == 0).all(), "rows past decodes", "absent", lengths)
     _require(batch.may_decode or decodes == 0, "decodes of a batch without decodes", "0", decodes)
+    prefills = int((lengths[decodes:] > 0).sum())
+    most = len(lengths) if batch.prefills is None else batch.prefills
+    _require(prefills <= most, "rows that prefill", f"at most {most}", prefills)
     present = lengths > 0
     _check_slots(batch, present, slots)
     _check_pages(batch, present, lengths, pages, page_size)

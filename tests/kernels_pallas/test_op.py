@@ -105,6 +105,18 @@ def test_a_state_is_zero_for_whoever_has_seen_nothing():
     assert states.tolist() == [[0, 0], [7, 7]]
 
 
+def test_chunks_are_set_aside_for_the_rows_that_may_prefill():
+    batch = make_batch([1, 1, 1, 70, 5, 0], [3, 3, 3, 0, 0, 0], decodes=3)
+    few = replace(batch, prefills=2)
+    plans = [prefill_chunks(one, 80, 16) for one in (batch, few)]
+    assert [len(plan.row) for plan in plans] == [(80 + 6 * 15) // 16, (80 + 2 * 15) // 16]
+    held = [np.sort(np.asarray(plan.token).ravel()) for plan in plans]
+    assert [tokens[tokens < 80].tolist() for tokens in held] == [list(range(3, 78))] * 2
+    checked(few, 80)
+    with pytest.raises(ValueError, match="rows that prefill: at most 1, got 2"):
+        checked(replace(batch, prefills=1), 80)
+
+
 def test_slot_zero_is_never_written():
     pool = jnp.zeros((1, SLOTS, 2))
     slots, written = jnp.array([0, 3]), jnp.array([True, True])
