@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from hybrid_jax.config import CHUNK_TOKENS, EngineConfig
+from hybrid_jax.config import EngineConfig, step_tokens
 from hybrid_jax.engine import Engine
 from hybrid_jax.memory import Limits as MemoryLimits
 from hybrid_jax.memory import MemoryPlan, plan_memory
@@ -62,10 +62,9 @@ def build_engine(
     keeps_pages, keeps_states = routing.token_bytes > 0, routing.request_bytes > 0
     pages, slots = Pool("pages", max(plan.pages, 1)), Pool("slots", plan.slots)
     cache = PrefixCache(pages, slots, plan.page_size, keeps_pages, keeps_states)
-    room = plan.max_num_seqs + CHUNK_TOKENS  # a step of all rows in decode still reads a chunk of a prompt
     limits = Limits(
         rows=plan.max_num_seqs,
-        step_tokens=max(config.max_num_batched_tokens, room),
+        step_tokens=step_tokens(config.max_num_batched_tokens, plan.max_num_seqs),
         loops=config.decode_steps,
         page_size=plan.page_size,
         keeps_pages=keeps_pages,

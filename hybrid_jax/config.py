@@ -9,6 +9,11 @@ Dtype = Literal["bfloat16", "float32"]
 Backend = Literal["auto", "xla", "tpu", "gpu"]
 
 
+def step_tokens(asked: int, requests: int) -> int:
+    """Most tokens of a step: what was asked for, but room for all requests in decode and a chunk of a prompt."""
+    return max(asked, requests + CHUNK_TOKENS)
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """How an engine runs a model. Raises ValueError for a value out of range."""

@@ -99,23 +99,26 @@ class Engine:
         return dropped
 
     def score(self, token_ids: Sequence[int]) -> Float[np.ndarray, "T Y"]:
-        """The logits `[T, Y]`, float32, after each of the tokens. Raises ValueError where the pools are too full."""
-        scheduler = self.scheduler
-        slot, pages = scheduler.cache.take_slot(SCORER), []
+        """The logits `[T, Y]`, float32, after each of the tokens. Raises ValueError where the pools are too full.
+
+        If anything interrupts this, every request is dropped and the memory on the device is new, as in `step`.
+        """
+        scheduler, cache = self.scheduler, self.scheduler.cache
+        needed = scheduler.page_count(len(token_ids))
+        if not cache.available_slots or cache.available_pages < needed:
+            raise ValueError(f"wanted room for {len(token_ids)} tokens beside those that run, got none: wait")
         try:
-            for _ in range(scheduler.page_count(len(token_ids))):
-                page = scheduler.cache.take_page(SCORER)
-                if page is None:
-                    break
-                pages.append(page)
-            if slot is None or len(pages) < scheduler.page_count(len(token_ids)):
-                raise ValueError(f"wanted room for {len(token_ids)} tokens beside those that run, got none: wait")
-            return self._device.score(token_ids, slot, pages)
-        finally:
+            slot = cache.take_slot(SCORER)
+            pages = [page for _ in range(needed) if (page := cache.take_page(SCORER)) is not None]
+            assert slot is not None and len(pages) == needed
+            logits = self._device.score(token_ids, slot, pages)
             for page in pages:
                 scheduler.pages.give_back(page, SCORER)
-            if slot is not None:
-                scheduler.slots.give_back(slot, SCORER)
+            scheduler.slots.give_back(slot, SCORER)
+            return logits
+        except BaseException:
+            self.reset()
+            raise
 
     def stats(self) -> Stats:
         """One look at everything."""

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from hybrid_jax.request import RequestOutput, SamplingParams, make_request
 from hybrid_jax.routing import Routing, route_model
 from hybrid_jax.scheduler import QueueFull
 from hybrid_jax.stats import Stats
+from hybrid_jax.step import Progress
 from hybrid_jax.tokenizer import Tokenizer, read_json_object, stated_eos_ids
 from models.registry import find_family
 
@@ -105,17 +107,17 @@ class LLM:
         merged = nnx.merge(graph, loaded)
         self._engine, self._runner = build_engine(merged, self.routing, self.memory, self.config, self.eos_token_ids)
         self._answers: dict[str, Answer] = {}
-        self._ids = itertools.count()
-        self._driving = threading.RLock()
+        self._ids, self._left = itertools.count(), deque[Answer]()  # left: to be ended after the step that is made
+        self._driving, self._driver = threading.RLock(), 0  # driver: the thread that makes it
 
     def get_ready(self) -> None:
-        """Compile every program now. From then on nothing is compiled, which `stats` counts."""
-        with self._driving:
+        """Compile the program of every step now. From then on none is compiled, which `stats` counts; `logits` may."""
+        with self._turn():
             self._runner.compile_all()
 
     def stats(self) -> Stats:
         """What runs and waits, the pools, the prefix cache, compilations and times."""
-        with self._driving:
+        with self._turn():
             return self._engine.stats()
 
     def generate(
@@ -175,7 +177,7 @@ class LLM:
                 f"wanted 1 to max_model_len={self.max_model_len} token ids, got {len(token_ids)}: cut them"
             )
         self._check_ids(token_ids)
-        with self._driving:
+        with self._turn():
             return self._engine.score(token_ids)
 
     def _prepare(
@@ -240,7 +242,7 @@ class LLM:
 
     def _begin(self, answer: Answer) -> bool:
         """Hand a request to the engine; whether there was room in the line."""
-        with self._driving:
+        with self._turn():
             try:
                 self._engine.add(answer.request)
             except QueueFull:
@@ -250,19 +252,22 @@ class LLM:
 
     def _advance(self) -> None:
         """One step of the engine, for all answers."""
-        with self._driving:
+        with self._turn():
             if not self._engine.unfinished:
                 return
             try:
-                progressed = self._engine.step()
+                for progress in self._engine.step():
+                    self._hear(progress)
             except BaseException:
-                self._answers.clear()
+                if self._engine.unfinished:  # what others have not heard yet is lost to them
+                    self._engine.reset()
                 raise
-            for progress in progressed:
-                answer = self._answers[progress.request_id]
-                answer.push(progress)
-                if progress.finish_reason is None and answer.finish_reason is not None:
-                    self._engine.abort(progress.request_id)  # a stop string, which the engine does not know
+
+    def _hear(self, progress: Progress) -> None:
+        answer = self._answers[progress.request_id]
+        answer.push(progress)
+        if progress.finish_reason is None and answer.finish_reason is not None:
+            self._engine.abort(progress.request_id)  # a stop string, which the engine does not know
 
     def _require_alive(self, answer: Answer) -> None:
         if answer.finish_reason is None and answer.request.id not in self._answers:
@@ -270,11 +275,33 @@ class LLM:
 
     def _end(self, answer: Answer) -> None:
         """Forget an answer; abort it if it is not over."""
+        if self._driver == threading.get_ident():  # the garbage collector closes a stream in the middle of a step
+            self._left.append(answer)
+            return
+        with self._turn():
+            self._forget(answer)
+
+    def _forget(self, answer: Answer) -> None:
+        if self._answers.pop(answer.request.id, None) is not None and answer.finish_reason is None:
+            self._engine.abort(answer.request.id)
+        while not self._answers and self._engine.unfinished:  # steps that were started before the end was known
+            self._engine.step()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The engine, for one thread at a time. If it loses its requests meanwhile, their answers are forgotten."""
         with self._driving:
-            if self._answers.pop(answer.request.id, None) is not None and answer.finish_reason is None:
-                self._engine.abort(answer.request.id)
-            while not self._answers and self._engine.unfinished:  # steps that were started before the end was known
-                self._engine.step()
+            self._driver = threading.get_ident()
+            try:
+                yield
+                while self._left:
+                    self._forget(self._left.popleft())
+            except BaseException:
+                if not self._engine.unfinished:
+                    self._answers.clear()
+                raise
+            finally:
+                self._driver = 0
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         """JAX clamps an id outside the vocabulary in silence, so it is refused here."""

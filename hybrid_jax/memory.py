@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hybrid_jax.config import CHUNK_TOKENS, EngineConfig
+from hybrid_jax.config import CHUNK_TOKENS, EngineConfig, step_tokens
 
 GIB = 2**30
 DEFAULT_MODEL_LEN = 8192  # longer requests are planned for on demand: pages for one of them are always set aside
@@ -240,7 +240,7 @@ class _Share:
         pages = (limits.pages or pages) if sizes.token_bytes else 0
         temporaries = self.temporaries_bytes
         if temporaries is None:
-            tokens = limits.max_num_batched_tokens
+            tokens = step_tokens(limits.max_num_batched_tokens, requests)
             temporaries = estimate_temporaries(sizes, tokens, requests, self.length, limits.page_size)
         memory, units = (self.memory_bytes, self.usable_bytes), (limits.page_size, pages, limits.slots or slots)
         return MemoryPlan(sizes, *memory, self.length, requests, *units, limits.prefix_caching, temporaries)

@@ -16,8 +16,9 @@ class Pool:
             raise ValueError(f"wanted at least 1 unit of {name}, the null one, got {count}: make the pool larger")
         self.name = name
         self.count = count
-        self._free = list(range(count - 1, 0, -1))
+        self._free: list[int] = []
         self._owners: dict[int, str] = {}
+        self.reset()
 
     @property
     def free(self) -> int:
@@ -42,6 +43,11 @@ class Pool:
         """Hand a unit on. Raises ValueError if `owner` does not hold it."""
         self._require_held(unit, owner)
         self._owners[unit] = new_owner
+
+    def reset(self) -> None:
+        """Make every unit free, whoever holds it."""
+        self._free = list(range(self.count - 1, 0, -1))
+        self._owners = {}
 
     def owners(self) -> dict[int, str]:
         """Who holds each unit that is not free: a copy, for checks of the whole pool."""

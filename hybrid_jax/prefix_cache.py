@@ -80,6 +80,7 @@ class Lease:
     node: Node
     reading: Node | None
     trail: list[Node] = field(default_factory=list)
+    counted: Counter[str] = field(default_factory=Counter)
 
 
 class PrefixCache:
@@ -113,6 +114,7 @@ class PrefixCache:
         self._pages, self._slots, self._page_size = pages, slots, page_size
         self._keeps_pages, self._keeps_states = keeps_pages, keeps_states
         self._max_snapshots_per_path = max_snapshots_per_path
+        self._snapshot_order = snapshot_order
         self._tree = PrefixTree(pages, slots, keeps_pages, snapshot_order)
         self._leases: set[Lease] = set()
         self._counts: Counter[str] = Counter()
@@ -127,13 +129,14 @@ class PrefixCache:
         """Look up and lock what is found: the path until `close`, the snapshot until `started`."""
         path = self._matched(tokens, salt)
         hit = self._make_hit(path)
-        self._count_lookup(len(tokens), hit, path)
+        counted = _count_lookup(len(tokens), hit, path)
+        self._counts.update(counted)
         if path:
             self._tree.touch(path[-1])
         used = path[: hit.length // self._page_size]
         node = used[-1] if used else self._tree.root(salt)
         self._tree.hold(node)
-        lease = Lease(owner, node, node if hit.slot else None, [node for node in used if node.slot])
+        lease = Lease(owner, node, node if hit.slot else None, [node for node in used if node.slot], counted)
         self._leases.add(lease)
         if hit.slot:
             self._tree.lock_snapshot(node)
@@ -148,6 +151,11 @@ class PrefixCache:
         node, lease.reading = lease.reading, None
         if node is not None:
             self._tree.unlock_snapshot(node)
+
+    def uncount(self, lease: Lease) -> None:
+        """Take back that the look-up was counted: the request could not start, and will ask again."""
+        self._counts.subtract(lease.counted)
+        lease.counted.clear()
 
     def close(self, lease: Lease) -> None:
         """Unlock everything the lease holds. Raises ValueError if it is closed already."""
@@ -177,11 +185,6 @@ class PrefixCache:
             slot=path[depth - 1].slot if depth else 0,
             branch=matched if self._keeps_states and matched > length else 0,
         )
-
-    def _count_lookup(self, tokens: int, hit: Hit, path: list[Node]) -> None:
-        outcome = "hits" if hit.length else "misses_no_snapshot" if path else "misses_no_pages"
-        self._counts.update({"lookups": 1, outcome: 1, "looked_up_tokens": tokens, "hit_tokens": hit.length})
-        self._counts["branches_asked"] += hit.branch > 0
 
     # ------------------------------------------------------------------------------------------------------ publish
 
@@ -305,6 +308,11 @@ class PrefixCache:
         while self._tree.evict_leaf() or self._tree.evict_snapshot():
             pass
 
+    def reset(self) -> None:
+        """Forget everything, open leases too, in whatever condition it is. The pools are to be reset along with it."""
+        self._tree = PrefixTree(self._pages, self._slots, self._keeps_pages, self._snapshot_order)
+        self._leases.clear()
+
     # -------------------------------------------------------------------------------------------------------- check
 
     def check(self) -> None:
@@ -316,6 +324,15 @@ class PrefixCache:
     def _require_open(self, lease: Lease) -> None:
         if lease not in self._leases:
             raise ValueError(f"wanted an open lease, got a closed one of {lease.owner!r}: close a lease once, last")
+
+
+def _count_lookup(tokens: int, hit: Hit, path: list[Node]) -> Counter[str]:
+    """What a look-up adds to the counts; nothing where there was nothing to look up."""
+    if not tokens:
+        return Counter()
+    outcome = "hits" if hit.length else "misses_no_snapshot" if path else "misses_no_pages"
+    counts = {"lookups": 1, outcome: 1, "looked_up_tokens": tokens, "hit_tokens": hit.length}
+    return Counter(counts | {"branches_asked": int(hit.branch > 0)})
 
 
 def snapshot_points(start: int, prompt_length: int, branch: int, grid: int, interval: int) -> tuple[int, ...]:

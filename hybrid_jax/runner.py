@@ -22,7 +22,7 @@ from hybrid_jax.config import CHUNK_TOKENS
 from hybrid_jax.programs import DeviceMemory, Drawn, StepPlan, decode_loop, mixed_step, score
 from hybrid_jax.request import Request, TokenLogprobs
 from hybrid_jax.routing import Routing, keeps_pages
-from hybrid_jax.row_tables import empty_tables, place_row, row_contents
+from hybrid_jax.row_tables import empty_tables, place_nothing, place_row, row_contents
 from hybrid_jax.sampling import pack
 from hybrid_jax.step import RowResult, RowStep, Step, StepResult
 from kernels_pallas.op import Content, RaggedBatch, check_batch, host_batch
@@ -106,8 +106,7 @@ class Runner:
         """Compile the program of every bucket. From then on, a compilation counts as `compiled_after_ready`."""
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(self._program, self.ladders.all()))
-        contents = np.zeros(self._vocabulary, np.float32), np.zeros(self._vocabulary, np.int32)
-        self._memory = replace(self._memory, tables=place_row(self._memory.tables, 1, *contents))
+        self._memory = replace(self._memory, tables=place_nothing(self._memory.tables))
         self._ready = True
 
     def submit(self, step: Step) -> Ticket:
@@ -166,7 +165,8 @@ class Runner:
 
     def reset(self) -> None:
         """Start again with an empty memory. The old one goes first: there is no room for both."""
-        del self._memory
+        for array in jax.tree.leaves(self._memory):
+            array.delete()  # and not the attribute: where the new one fails, this can be called again
         self._memory = self._allocate()
 
     @property

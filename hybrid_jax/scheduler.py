@@ -14,11 +14,12 @@ Imports no JAX. Knows nothing of models, kernels or text.
 
 from collections import Counter, deque
 from dataclasses import dataclass
+from operator import attrgetter
 
 from hybrid_jax.config import CHUNK_TOKENS
 from hybrid_jax.entry import Entry, WaitingLine
 from hybrid_jax.pool import Pool
-from hybrid_jax.prefix_cache import Hit, PrefixCache, snapshot_points
+from hybrid_jax.prefix_cache import Hit, Lease, PrefixCache, snapshot_points
 from hybrid_jax.request import FINISH_REASONS, Request
 from hybrid_jax.step import Progress, RowResult, RowStep, Step, StepResult
 
@@ -31,7 +32,7 @@ class QueueFull(ValueError):
 class Limits:
     """What the schedule keeps to.
 
-    rows: requests that run at once. step_tokens: most tokens of a step that prefills, a multiple of the chunk.
+    rows: requests that run at once. step_tokens: most tokens of a step that prefills, at least rows and a chunk.
     loops: most tokens that a row draws in one step. interval: prompt tokens between snapshots on a grid, 0 for none.
     waiting: most requests in line. caching: whether prefixes are kept and looked up.
     """
@@ -76,7 +77,7 @@ class Scheduler:
             raise QueueFull(f"wanted at most max_waiting={self.limits.waiting} waiting requests, got one more: retry")
         if request.id in self._entries:
             raise ValueError(f"wanted a new request id, got {request.id!r}, which is in use: take another")
-        needed = self.page_count(len(request.prompt_token_ids) + request.token_limit)
+        needed = self.page_count(len(request.prompt_token_ids) + request.token_limit - 1)  # the last is never fed
         if needed > self.pages.count - 1:
             raise ValueError(
                 f"wanted a request of at most {self.pages.count - 1} pages of {self.limits.page_size} tokens, got one "
@@ -137,16 +138,15 @@ class Scheduler:
 
     def reset(self) -> list[str]:
         """Drop every request and everything cached, after the device has lost its memory; the ids of the dropped."""
+        # Nothing is given back one by one: whatever was interrupted may have left it half handed over.
         dropped = list(self._entries)
-        for entry in list(self._entries.values()):
-            entry.in_flight = 0
-            entry.ended = "error"
-            if entry in self.waiting:
-                self.waiting.remove(entry)
-            self._release_if_over(entry)
-        self.cache.clear()
-        for slot, owner in self.slots.owners().items():  # of snapshots that were in flight
-            self.slots.give_back(slot, owner)
+        self._entries.clear()
+        self.running.clear()
+        self._reading.clear()
+        self.waiting = WaitingLine()
+        self.cache.reset()
+        for pool in (self.pages, self.slots, self.rows):
+            pool.reset()
         return dropped
 
     # ---------------------------------------------------------------------------------------------------- admission
@@ -173,20 +173,21 @@ class Scheduler:
         if needed + decoding * self.limits.keeps_pages > self.cache.available_pages:
             return "pages"
         entry.lease, hit = self.cache.open(known, salt, entry.id)
-        self._starts += 1
-        entry.owner = self._starts
+        entry.owner = self._starts = self._starts + 1
         entry.table, entry.page_owners = list(hit.pages), [self._page_writers[page] for page in hit.pages]
         if self.page_count(len(tokens)) - len(entry.table) > self.cache.available_pages:
-            self._give_back(entry)  # what was available were the very pages that the hit has locked
-            return "pages"
+            return self._stay(entry, entry.lease, "pages")  # the hit has locked the very pages that were available
         slot = self.cache.take_slot(entry.id)
-        if slot is None:  # and so with the snapshot
-            self._give_back(entry)
-            return "slots"
-        grown = self._grow(entry, len(tokens))
-        assert grown
+        if slot is None:
+            return self._stay(entry, entry.lease, "slots")  # and so with the snapshot
+        self._grow(entry, len(tokens))
         self._set_out(entry, hit, slot)
         return None
+
+    def _stay(self, entry: Entry, lease: Lease, lack: str) -> str:
+        self.cache.uncount(lease)
+        self._give_back(entry)
+        return lack
 
     def _set_out(self, entry: Entry, hit: Hit, slot: int) -> None:
         row = self.rows.take(entry.id)
@@ -396,5 +397,4 @@ class Scheduler:
         entry.table, entry.page_owners, entry.own, entry.points, entry.lease = [], [], set(), deque(), None
 
 
-def _order(entry: Entry) -> tuple[int, int]:
-    return entry.order
+_order = attrgetter("order")

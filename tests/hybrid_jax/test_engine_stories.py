@@ -1,7 +1,11 @@
 """Single stories of the engine on the oracle: failures, broken devices, priorities, what is held twice."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
+import hybrid_jax
 from hybrid_jax.entry import Entry
 from hybrid_jax.request import SamplingParams, make_request
 from tests.hybrid_jax.oracle_device import MixUp, Setup, answer, check_balance, check_empty, make_engine
@@ -57,6 +61,44 @@ def test_a_broken_device_loses_its_requests_and_no_units(steps, run_ahead, monke
     monkeypatch.undo()
     again = ask(engine, "a", list(range(300)), 30)
     assert run(engine)[0]["a"] == answer(again)[0]
+
+
+HOST_WING = {str(Path(hybrid_jax.__path__[0], f"{name}.py")) for name in ("scheduler", "prefix_cache", "prefix_tree")}
+
+
+def interrupt_after(lines):
+    """Have the host's plan interrupted, as by Ctrl-C, before it runs its `lines`th line from now on."""
+    left = lines
+
+    def trace_line(frame, event, _):
+        nonlocal left
+        left -= event == "line"
+        if not left:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace_line
+
+    sys.settrace(lambda frame, *_: trace_line if frame.f_code.co_filename in HOST_WING else None)
+
+
+@pytest.mark.parametrize("lines", range(5, 9000, 101))
+def test_an_interruption_anywhere_in_the_plan_loses_its_requests_and_no_units(lines):
+    engine, device = make_engine(Setup(interval=64, pages=30, rows=3))
+    for name in "abcd":
+        ask(engine, name, list(range(150)), 60)
+    tracer = sys.gettrace()
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_after(lines)
+        try:
+            while True:
+                engine.step()
+        finally:
+            sys.settrace(tracer)
+    assert device.resets == 1
+    check_balance(engine)
+    again = ask(engine, "a", list(range(150)), 30)
+    assert run(engine)[0]["a"] == answer(again)[0]
+    check_empty(engine)
 
 
 def test_nothing_is_cached_of_a_request_from_its_first_failure_on():

@@ -337,3 +337,17 @@ def test_the_check_finds_what_is_broken(what):
     BREAKS[what](node, host)
     with pytest.raises(AssertionError, match=what):
         host.cache.check()
+
+
+def test_a_look_up_that_led_to_nothing_is_not_counted():
+    host = Host()
+    tokens = list(range(200))
+    host.serve(tokens, interval=64)
+    before = host.cache.statistics
+    for asked in (tokens, [], [7] * 100):
+        lease, _ = host.cache.open(asked, "", "request")
+        host.cache.uncount(lease)
+        host.cache.close(lease)
+    assert host.cache.statistics == before
+    host.cache.close(host.cache.open([], "", "request")[0])
+    assert host.cache.statistics == before  # and nothing was looked up for no tokens
