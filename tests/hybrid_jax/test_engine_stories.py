@@ -7,6 +7,7 @@ import pytest
 
 import hybrid_jax
 from hybrid_jax.entry import Entry
+from hybrid_jax.prefix_cache import PrefixCache
 from hybrid_jax.request import SamplingParams, make_request
 from tests.hybrid_jax.oracle_device import MixUp, Setup, answer, check_balance, check_empty, make_engine
 
@@ -41,6 +42,32 @@ def test_the_last_one_that_runs_gives_back_what_it_holds_twice_and_starts_again(
     assert (heard["first"], heard["second"]) == (answer(first)[0], answer(second)[0])
     assert engine.scheduler.preemptions == 1
     check_empty(engine)
+
+
+def ask_for_a_slot_beside_a_hit():
+    """One request hits the only snapshot, another comes along and would leave one; there is no slot for both."""
+    engine, _ = make_engine(Setup(slots=4, rows=2, step_tokens=256))
+    ask(engine, "before", list(range(70)), 1)
+    run(engine)
+    assert engine.scheduler.cache.evictable_slots == 1
+    hitting, leaving = ask(engine, "hits", [*range(64), 1, 2, 3], 4), ask(engine, "leaves", [5] * 130, 4)
+    heard, _ = run(engine)
+    assert engine.scheduler.cache.statistics.hits == 1
+    return heard == {"hits": answer(hitting)[0], "leaves": answer(leaving)[0]}
+
+
+def test_a_snapshot_that_is_about_to_be_read_is_not_given_to_another(monkeypatch):
+    assert ask_for_a_slot_beside_a_hit()
+    whole = PrefixCache.open
+
+    def unlocked(self, tokens, salt, owner):
+        lease, hit = whole(self, tokens, salt, owner)
+        self.started(lease)
+        return lease, hit
+
+    monkeypatch.setattr(PrefixCache, "open", unlocked)
+    with pytest.raises(AssertionError, match="read"):
+        ask_for_a_slot_beside_a_hit()
 
 
 @pytest.mark.parametrize("steps", range(12))
