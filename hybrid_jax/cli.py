@@ -19,7 +19,7 @@ from hybrid_jax import convert as conversion
 from hybrid_jax import inspection
 from hybrid_jax import plan as planning
 from hybrid_jax.bench.verbs import Benches
-from hybrid_jax.config import Backend, Dtype
+from hybrid_jax.config import Backend, Dtype, EngineConfig
 from hybrid_jax.hub import find_model
 from hybrid_jax.llm import LLM
 from hybrid_jax.memory import Limits, plan_memory
@@ -31,7 +31,9 @@ from models.registry import find_family
 
 Model = Annotated[str, tyro.conf.Positional]
 Directory = Annotated[Path, tyro.conf.Positional]
+Several = tyro.conf.UseAppendAction[tuple[str, ...]]
 CONFIG_ONLY = ("config.json",)
+DEFAULT_ENGINE = EngineConfig()
 
 
 def routing(model: Model, /, json: bool = False, dtype: Dtype = "bfloat16", backend: Backend = "auto") -> None:
@@ -196,6 +198,75 @@ def plan(
     planning.render(found, built.routing, devices, f"{model}, {devices} x {hbm_gib:g} GiB", Console())
 
 
+def serve(
+    model: Model,
+    /,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: Several = (),
+    api_key_file: Path | None = None,
+    served_model_name: Several = (),
+    shutdown_timeout_s: Annotated[float, tyro.conf.arg(name="shutdown-timeout")] = 30.0,
+    stall_timeout_s: Annotated[float, tyro.conf.arg(name="stall-timeout")] = 60.0,
+    watchdog_timeout_s: Annotated[float, tyro.conf.arg(name="watchdog-timeout")] = 300.0,
+    strict_fields: bool = False,
+    engine: Annotated[EngineConfig, tyro.conf.arg(name="")] = DEFAULT_ENGINE,
+) -> None:
+    """Serve a model over HTTP, as OpenAI does. Needs the extra 'serve'.
+
+    Ends with 0 after SIGTERM, once running requests are answered, and with 1 when the engine breaks.
+
+    Args:
+        model: a checkpoint directory, or 'demo'.
+        host: address to listen on; without an API key leave it on this machine.
+        port: port to listen on; 0 takes a free one.
+        api_key: a key that opens the server, repeatable; everybody on this machine can read it off the command line.
+        api_key_file: file with a key a line.
+        served_model_name: name of the model in requests, repeatable; unset, MODEL as given.
+        shutdown_timeout_s: seconds that running requests may go on after SIGTERM.
+        stall_timeout_s: seconds without a turn of the engine after which /health fails.
+        watchdog_timeout_s: seconds without a turn of the engine after which the process ends with exit code 1.
+        strict_fields: refuse every unknown field of a request.
+        engine: how the engine runs the model.
+    """
+    from hybrid_jax.server.process import serve as serve_http  # an extra: other verbs run without it
+    from hybrid_jax.server.settings import ServerConfig, read_keys
+
+    config = ServerConfig(
+        names=served_model_name or (model,),
+        host=host,
+        port=port,
+        api_keys=(*api_key, *read_keys(api_key_file)),
+        shutdown_timeout_s=shutdown_timeout_s,
+        stall_timeout_s=stall_timeout_s,
+        watchdog_timeout_s=watchdog_timeout_s,
+        strict_fields=strict_fields,
+    )
+    raise SystemExit(serve_http(_open(model, engine), config))
+
+
+def _open(model: str, engine: EngineConfig) -> LLM:
+    return LLM(
+        model,
+        engine.dtype,
+        engine.backend,
+        max_model_len=engine.max_model_len,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        page_size=engine.page_size,
+        pages=engine.pages,
+        slots=engine.slots,
+        memory_fraction=engine.memory_fraction,
+        decode_steps=engine.decode_steps,
+        prefix_caching=engine.prefix_caching,
+        snapshot_interval=engine.snapshot_interval,
+        max_waiting=engine.max_waiting,
+        run_ahead=engine.run_ahead,
+        compilation_cache=engine.compilation_cache,
+        canary=engine.canary,
+    )
+
+
 def bench(what: Annotated[Benches, tyro.conf.arg(name="")]) -> None:
     """Measure steps, throughput, latency or kernels on this machine's device."""
 
@@ -204,6 +275,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "routing": routing,
     "plan": plan,
     "generate": generate,
+    "serve": serve,
     "convert": convert,
     "inspect": inspect,
     "verify": verify,

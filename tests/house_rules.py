@@ -146,9 +146,10 @@ def libraries_fit_the_layer(root: Path) -> Iterator[str]:
 
 
 def libraries_are_declared(root: Path) -> Iterator[str]:
-    """What the wheel imports is among its dependencies or in the extra `hub`."""
+    """What the wheel imports is among its dependencies or in the extra `hub` or `serve`."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *project.get("optional-dependencies", {}).get("hub", [])]
+    extras = project.get("optional-dependencies", {})
+    wanted = [*project["dependencies"], *extras.get("hub", []), *extras.get("serve", [])]
     names = [re.split(r"[^\w-]", requirement)[0] for requirement in wanted]
     declared = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
     for source in sources(root, *PACKAGES):

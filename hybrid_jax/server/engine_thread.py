@@ -1,0 +1,288 @@
+"""The one thread that owns the engine, and the ways between it and the event loop.
+
+Orders (add, abort) go in through a queue and are taken between two steps; what answers grew by comes out once a step.
+Knows nothing of HTTP but the errors that a request may end with.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from hybrid_jax.answer import Answer
+from hybrid_jax.llm import LLM
+from hybrid_jax.request import FinishReason, SamplingParams, TokenLogprobs
+from hybrid_jax.scheduler import QueueFull
+from hybrid_jax.server.errors import ApiError, bad_request, unavailable
+from hybrid_jax.stats import Stats
+from hybrid_jax.step import Progress
+
+log = logging.getLogger("hybrid_jax.server")
+Phase = Literal["compiling", "serving", "draining", "dead"]
+IDLE_TURN_S = 0.5  # a thread without work still shows that it lives
+LOOK_S = 0.1  # between two looks at the statistics while there is work
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What an answer grew by."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
+    cached_tokens: int
+
+    def then(self, later: "Piece") -> "Piece":
+        """Both in one."""
+        return Piece(
+            self.text + later.text,
+            self.token_ids + later.token_ids,
+            self.logprobs + later.logprobs,
+            later.finish_reason,
+            later.stop_reason,
+            later.cached_tokens,
+        )
+
+
+class Mailbox:
+    """Pieces on their way to one HTTP request, by the index of the choice. Belongs to the event loop.
+
+    A reader that is slow finds one larger piece for each choice: nothing is lost, and nothing piles up.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: dict[int, Piece] = {}
+        self._error: ApiError | None = None
+        self._filled = asyncio.Event()
+
+    def put(self, index: int, piece: Piece) -> None:
+        """Add a piece of a choice."""
+        before = self._pieces.get(index)
+        self._pieces[index] = piece if before is None else before.then(piece)
+        self._filled.set()
+
+    def fail(self, error: ApiError) -> None:
+        """End all choices; the reader gets the error after the pieces."""
+        self._error = error
+        self._filled.set()
+
+    async def take(self) -> list[tuple[int, Piece]]:
+        """Wait for pieces. Raises the ApiError that ended the request."""
+        await self._filled.wait()
+        self._filled.clear()
+        pieces, self._pieces = self._pieces, {}
+        if self._error is not None:
+            self._filled.set()
+            if not pieces:
+                raise self._error
+        return sorted(pieces.items())
+
+
+class _Line:
+    """An answer that the engine works on: whose it is, and how many of its tokens were sent."""
+
+    def __init__(self, answer: Answer, mailbox: Mailbox, index: int):
+        self.answer, self.mailbox, self.index, self.sent = answer, mailbox, index, 0
+
+    def take(self, progress: Progress) -> Piece:
+        """Let the answer grow; what is new of it."""
+        self.answer.push(progress)
+        cached = progress.cached_tokens or 0
+        if self.answer.finish_reason is None:
+            self.sent += len(progress.token_ids)
+            return Piece(self.answer.take_text(), progress.token_ids, progress.logprobs, None, None, cached)
+        done = self.answer.output().outputs[0]  # a stop string may have cut tokens off
+        return Piece(
+            self.answer.take_text(),
+            done.token_ids[self.sent :],
+            (done.logprobs or ())[self.sent :],
+            done.finish_reason,
+            done.stop_reason,
+            cached,
+        )
+
+
+class EngineThread:
+    """Runs the engine of an `LLM` until it is stopped or breaks.
+
+    Methods are for the event loop's thread. on_death is called there when the engine broke.
+    """
+
+    def __init__(self, llm: LLM, loop: asyncio.AbstractEventLoop, on_death: Callable[[], None]):
+        self.phase: Phase = "compiling"
+        self.stats: Stats = llm.stats()
+        self.live = 0  # choices that wait or run
+        self.most_live = llm.config.max_waiting + llm.memory.max_num_seqs
+        self._llm, self._engine = llm, llm._engine  # the same package: nobody else drives this engine from here on
+        self._loop, self._on_death = loop, on_death
+        self._beat_s = self._looked_s = time.monotonic()
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # bounded by most_live
+        self._lines: dict[str, _Line] = {}  # of the engine's thread alone
+        self._mailboxes: set[Mailbox] = set()  # of the event loop alone, as the next one
+        self._admissions: set[asyncio.Future[None]] = set()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # ------------------------------------------------------------------------------------------------ the event loop
+
+    def start(self) -> None:
+        """Begin to compile."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after its step, and wait for it for a while."""
+        self._stopping = True
+        self._orders.put(_nothing)
+        self._thread.join(timeout=30)
+
+    def drain(self) -> None:
+        """Take no new request."""
+        if self.phase != "dead":
+            self.phase = "draining"
+
+    @property
+    def beat_age_s(self) -> float:
+        """Seconds since the engine's loop last took a turn; 0 while it compiles, which may take long."""
+        return 0.0 if self.phase == "compiling" else time.monotonic() - self._beat_s
+
+    def require_serving(self) -> None:
+        """Raises ApiError 503 in any other phase."""
+        match self.phase:
+            case "compiling":
+                raise unavailable("the model is being compiled: try again soon", "loading", "loading")
+            case "draining":
+                raise unavailable("the server is shutting down: try another one", "draining", "draining")
+            case "dead":
+                raise unavailable("the engine broke and the server ends: try another one", "engine_dead", "engine_dead")
+
+    async def add(self, answers: Sequence[Answer], mailbox: Mailbox) -> None:
+        """Hand the choices of a request to the engine, all or none; `end` must be called if this returns.
+
+        Raises ApiError: 503 for a full queue and outside of service, 400 for a request that no queue or pool can hold.
+        """
+        self.require_serving()
+        if len(answers) > self.most_live:
+            raise bad_request(
+                f"wanted at most {self.most_live} choices at once, got {len(answers)}: ask for fewer", "n"
+            )
+        if self.live + len(answers) > self.most_live:
+            raise unavailable(f"{self.most_live} requests run and wait already: try again", "queue_full", "queue_full")
+        self.live += len(answers)
+        self._mailboxes.add(mailbox)
+        admitted: asyncio.Future[None] = self._loop.create_future()
+        self._admissions.add(admitted)
+        self._orders.put(partial(self._admit, tuple(answers), mailbox, admitted))
+        try:
+            await admitted
+        except BaseException:
+            self.end(answers, mailbox)
+            raise
+        finally:
+            self._admissions.discard(admitted)
+
+    def end(self, answers: Sequence[Answer], mailbox: Mailbox) -> None:
+        """Forget a request; what of it still runs is aborted."""
+        self.live -= len(answers)
+        self._mailboxes.discard(mailbox)
+        self._orders.put(partial(self._abort, [answer.request.id for answer in answers]))
+
+    def fail_all(self, error: ApiError) -> None:
+        """End every request with an error."""
+        for admission in self._admissions:
+            if not admission.done():
+                admission.set_exception(error)
+        for mailbox in self._mailboxes:
+            mailbox.fail(error)
+
+    def _deliver(self, pieces: list[tuple[Mailbox, int, Piece]]) -> None:
+        for mailbox, index, piece in pieces:
+            mailbox.put(index, piece)
+
+    def _die(self) -> None:
+        self.fail_all(ApiError(500, "the engine broke: try again later", "engine_dead", "engine_dead"))
+        self._on_death()
+
+    # ------------------------------------------------------------------------------------------- the engine's thread
+
+    def _run(self) -> None:
+        try:
+            self._llm.get_ready()
+            self._llm.generate([[0]], SamplingParams(temperature=0, max_tokens=1))  # all parts work together
+            self._beat_s = time.monotonic()
+            if self.phase == "compiling":
+                self.phase = "serving"
+            log.info("ready")
+            while not self._stopping:
+                self._turn()
+        except BaseException:
+            log.critical(f"the engine broke with these requests in flight: {sorted(self._lines)}", exc_info=True)
+            self.phase = "dead"
+            self._loop.call_soon_threadsafe(self._die)
+
+    def _turn(self) -> None:
+        """Take orders, make one step, send what came of it."""
+        self._take_orders()
+        if self._engine.unfinished:
+            pieces = [self._piece(progress) for progress in self._engine.step()]
+            if pieces:
+                self._loop.call_soon_threadsafe(self._deliver, pieces)
+        self._beat_s = time.monotonic()
+        if not self._engine.unfinished or self._beat_s - self._looked_s > LOOK_S:
+            self.stats, self._looked_s = self._engine.stats(), self._beat_s
+
+    def _take_orders(self) -> None:
+        try:
+            if not self._engine.unfinished:
+                self._orders.get(timeout=IDLE_TURN_S)()
+            while True:
+                self._orders.get_nowait()()
+        except queue.Empty:
+            return
+
+    def _admit(self, answers: tuple[Answer, ...], mailbox: Mailbox, admitted: asyncio.Future[None]) -> None:
+        error: ApiError | None = None
+        try:
+            for index, answer in enumerate(answers):
+                self._engine.add(answer.request)
+                self._lines[answer.request.id] = _Line(answer, mailbox, index)
+        except QueueFull as full:
+            error = unavailable(str(full), "queue_full", "queue_full")
+        except ValueError as refused:
+            error = bad_request(str(refused))
+        if error is not None:
+            self._abort([answer.request.id for answer in answers])
+        self._loop.call_soon_threadsafe(_settle, admitted, error)
+
+    def _abort(self, ids: list[str]) -> None:
+        for request_id in ids:
+            if self._lines.pop(request_id, None) is not None:
+                self._engine.abort(request_id)
+
+    def _piece(self, progress: Progress) -> tuple[Mailbox, int, Piece]:
+        line = self._lines[progress.request_id]
+        piece = line.take(progress)
+        if piece.finish_reason is not None:
+            del self._lines[progress.request_id]
+            if progress.finish_reason is None:
+                self._engine.abort(progress.request_id)  # a stop string, which the engine does not know
+        return line.mailbox, line.index, piece
+
+
+def _nothing() -> None:
+    """An order that only wakes the thread."""
+
+
+def _settle(admitted: "asyncio.Future[None]", error: ApiError | None) -> None:
+    if admitted.done():
+        return
+    if error is None:
+        admitted.set_result(None)
+    else:
+        admitted.set_exception(error)
