@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from hybrid_jax.bench.case import Case
+from kernels_pallas.cases.case import Case
 
 
 def time_case(case: Case, calls: int = 20) -> tuple[float, float]:

@@ -188,8 +188,6 @@ def kernels(only: str = "", json: bool = False) -> None:
         cases.append(found.to_json())
     if json:
         _dump({"device": ceilings.device, "jax": jax.__version__}, cases)
-    else:
-        _say(*kernel_cases.peer_lines(only), json=False)
     if len(cases) < len(wanted):
         raise SystemExit(1)
 

@@ -8,7 +8,6 @@ import pytest
 from flax import nnx
 
 from hybrid_jax.bench import kernels, verbs
-from hybrid_jax.bench.case import Case
 from hybrid_jax.bench.ceilings import Ceilings
 from hybrid_jax.bench.floors import decode_moved, prefill_moved, token_operations, weights_bytes
 from hybrid_jax.bench.latency import measure_latency, token_times
@@ -21,6 +20,7 @@ from hybrid_jax.buckets import Bucket
 from hybrid_jax.config import EngineConfig
 from hybrid_jax.plan import build
 from hybrid_jax.scheduler import Limits
+from kernels_pallas.cases.case import Case
 from tests.models.reference import FOLDER
 
 CONFIG = str(FOLDER / "qwen3_5" / "config.json")
@@ -360,17 +360,3 @@ def test_cases_are_chosen_by_a_part_of_their_name():
     assert all(case.read_bytes > 0 for case in every)
     with pytest.raises(ValueError, match="wanted a part of the name of a case"):
         kernels.wanted_cases("no such kernel")
-
-
-def test_peers_that_are_not_installed_are_named(monkeypatch):
-    class File:
-        def __init__(self):
-            self.peers = lambda: [
-                kernels.Peer("json", "decode", "B=1", lambda: 3e-6),
-                kernels.Peer("no_such_library", "decode", "B=1", lambda: 1 / 0),
-                kernels.Peer("json", "prefill", "T=9", lambda: 1 / 0),
-            ]
-
-    monkeypatch.setattr(kernels, "kernel_files", lambda: [File()])
-    lines = list(kernels.peer_lines("decode"))
-    assert lines == ["decode, B=1, by json: 3.0 us", "no_such_library is not installed: nothing is run beside"]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax.bench.case import Case
+from kernels_pallas.cases.case import Case
 from kernels_pallas.gdn import gpu_prefill as gdn
 from kernels_pallas.gdn.xla import gdn_chunk, gdn_step
 from kernels_pallas.kda import gpu_prefill as kda

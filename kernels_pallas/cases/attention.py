@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from hybrid_jax.bench.case import Case
+from kernels_pallas.cases.case import Case
 from kernels_pallas.gqa import GQA, GQAWeights
 from kernels_pallas.gqa.gpu_prefill import attend_chunks, plan_units
 from kernels_pallas.mla import MLA, MLAWeights

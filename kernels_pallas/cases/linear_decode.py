@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax.bench.case import Case
+from kernels_pallas.cases.case import Case
 from kernels_pallas.gdn import GDN, GDNWeights
 from kernels_pallas.kda import KDA, KDAWeights, SoftplusDecay
 from kernels_pallas.lightning import LIGHTNING, LightningWeights
