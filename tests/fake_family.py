@@ -18,6 +18,7 @@ from jax import numpy as jnp
 
 from hybrid_jax.checkpoint import read_state
 from hybrid_jax.spelling import match
+from models import registry
 from models.weights import Source, Weight, WeightTable, weight
 
 ARCHITECTURES = ("FakeForCausalLM",)
@@ -80,9 +81,10 @@ INT8 = {"quantization_config": {"quant_method": "compressed-tensors", "format": 
 
 
 def install(monkeypatch: Any) -> None:
-    """Make the family known to checkpoints."""
+    """Make the family known beside the real ones."""
     family = SimpleNamespace(**{name: globals()[name] for name in ("Config", "Model", "weight_table", "__name__")})
-    monkeypatch.setattr("hybrid_jax.checkpoint.find_family", lambda hf: family)
+    known = registry.families() | dict.fromkeys(ARCHITECTURES, family)
+    monkeypatch.setattr(registry, "families", lambda: known)
 
 
 def abstract_state(hf: Mapping[str, Any] = HF, dtype: str = "bfloat16") -> nnx.State:
