@@ -9,7 +9,6 @@ Letters: B rows of the step, T packed tokens, N loops, Y vocabulary.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hybrid_jax.canary import Beliefs, Stamps, mismatched, stamped
 from hybrid_jax.request import ERROR, MAX_LOGPROBS, RUNNING
 from hybrid_jax.row_tables import RowTables, count_tokens, shape_logits
-from hybrid_jax.sampling import NO_TOKEN, AnyArray, SamplingRows, finished, sample, token_logprobs
+from hybrid_jax.sampling import NO_TOKEN, AnyArray, Logprobs, SamplingRows, draw, finished
 from kernels_pallas.op import Cache, RaggedBatch
 from models.decoder import Decoder
 
@@ -77,12 +76,11 @@ def mixed_step(
     packed, compact = _present_only(tokens, tables.newest[rows.row], batch, present)
     hidden, cache = model(packed, memory.cache, compact)
     logits = model.logits(hidden[jnp.maximum(compact.query_start[1:] - 1, 0)])
-    token = sample(shape_logits(logits, rows, tables), rows)
+    token, (chosen, top, top_ids) = draw(logits, rows, lambda logits: shape_logits(logits, rows, tables))
     failed = token == NO_TOKEN
     reason = jnp.where(plan.draws, finished(token, rows)[1], jnp.where(failed, ERROR, RUNNING))
     drew = present & plan.draws
     tables = _end_rows(count_tokens(tables, rows, token, drew), rows, reason, present)
-    chosen, top, top_ids = token_logprobs(logits, token, rows)
     one = (token[None], chosen[None], top[None], top_ids[None])
     count = (drew & ~failed).astype(jnp.int32)
     strange, stamps = _check_and_stamp(memory.stamps, compact, plan.beliefs, page_size)
@@ -153,11 +151,11 @@ def decode_loop(
         hidden, cache = model(packed, memory.cache, step)
         logits = model.logits(hidden[jnp.minimum(step.query_start[:-1], batch.rows - 1)])
         rows = planned.advanced(drawn.count)
-        token = sample(shape_logits(logits, rows, memory.tables), rows)
+        token, logprobs = draw(logits, rows, lambda logits: shape_logits(logits, rows, memory.tables))
         reason = jnp.where(runs, finished(token, rows)[1], drawn.reason)
         tables = _end_rows(count_tokens(memory.tables, rows, token, runs), rows, reason, runs)
         strange, stamps = _check_and_stamp(memory.stamps, step, _later(plan.beliefs, drawn.count), page_size)
-        drawn = _record(drawn, index, runs, token, token_logprobs(logits, token, rows), reason)
+        drawn = _record(drawn, index, runs, token, logprobs, reason)
         return index + 1, DeviceMemory(cache, tables, stamps), replace(drawn, strange=drawn.strange | strange)
 
     start = (jnp.int32(0), memory, replace(drawn, reason=reason))
@@ -203,7 +201,12 @@ def _nothing_drawn(loops: int, rows: int) -> Drawn:
 
 
 def _record(
-    drawn: Drawn, index: Array, runs: Bool[Array, "B"], token: Int[Array, "B"], logprobs: Any, reason: Int[Array, "B"]
+    drawn: Drawn,
+    index: Array,
+    runs: Bool[Array, "B"],
+    token: Int[Array, "B"],
+    logprobs: Logprobs,
+    reason: Int[Array, "B"],
 ) -> Drawn:
     chosen, top, top_ids = logprobs
     return Drawn(

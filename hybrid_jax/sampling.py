@@ -6,13 +6,10 @@ keep exactly `top_k` tokens (ties by lower id), of those the fewest that reach `
 the ones at least `min_p` times as likely as the most likely, and draw from what is left.
 
 **Exact and independent of the batch.** A probability is proportional to `exp((logit - max) / temperature)`, held as a
-fixed-point number of 39 bits. Sums of such integers are the same in any order, so the set of tokens kept and the token
-drawn depend on the row alone, bit for bit: not on its neighbours, its place in the batch, the size of the batch, nor on
-how a device splits a sum. The random bits depend on (seed, choice, index of the generated token) only, so a preempted
-and resumed request draws what it would have drawn.
-
-**No sort.** Top-k, top-p and the draw are the same question: *the shortest prefix of an order whose measure reaches a
-target*. `_threshold` answers it by fixing the bits of the prefix's last key from the highest down, one masked sum each.
+fixed-point number (`prefixes.py`). The set of tokens kept and the token drawn depend on the row alone, bit for bit: not
+on its neighbours, its place in the batch, the size of the batch, nor on how a device splits a sum. The random bits
+depend on (seed, choice, index of the generated token) only, so a preempted and resumed request draws what it would have
+drawn.
 
 Knows nothing of models, caches or text, nor of what shapes the logits before (`row_tables.py`).
 Letters: B rows, Y vocabulary, I stop ids, J blocks of Q tokens, L likeliest tokens.
@@ -26,17 +23,27 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from hybrid_jax.prefixes import (
+    DIGIT_BITS,
+    DIGIT_MASK,
+    MAX_VOCABULARY,
+    count_of,
+    difference,
+    digits_of,
+    first_index,
+    mass_of,
+    ordinals,
+    prefix_of,
+    scaled,
+    sum_of,
+)
 from hybrid_jax.request import ERROR, GREEDY_BELOW, LENGTH, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, RUNNING, STOP, Request
 
 NO_TOKEN = -1  # `sample` for a row with nothing to draw from; pads `stop_ids`
-DIGIT_BITS = 13  # of a fixed-point number: 2**19 weights of 2**13 still add up within 32 bits
-DIGIT_MASK = 2**DIGIT_BITS - 1
-MAX_VOCABULARY = 2**19 - 1
 BLOCK = 512  # tokens summed up together by a draw: about the square root of a vocabulary
 
 AnyArray = Array | np.ndarray  # NumPy until the step takes it
-Amount = tuple[Array, Array]  # [B] uint32 each: units of 2**-13, and of 2**-39 below them (26 bits)
-Measure = Callable[[Array], Amount]  # of a set of tokens per row: [B, Y] bool -> [B]
+Logprobs = tuple[Array, Array, Array]  # [B] of the token drawn; [B, 20] of the likeliest tokens, and their ids
 
 
 @jax.tree_util.register_dataclass
@@ -142,6 +149,27 @@ def _stop_ids(requests: Sequence[Request], padded_rows: int, eos_token_ids: Sequ
 # -------------------------------------------------------------------------------------------------------- on the device
 
 
+def draw(
+    logits: Float[Array, "B Y"], rows: SamplingRows, shape: Callable[[Array], Array]
+) -> tuple[Int[Array, "B"], Logprobs]:
+    """The next token of each row, as `sample` gives it for the logits after `shape`, and what `token_logprobs` gives.
+
+    A step whose rows all take the likeliest token, and ask for nothing beside it, meets one branch: a GPU waits for the
+    host at each.
+    """
+    draws_B, short_B = rows.temperature >= GREEDY_BELOW, rows.sampled < rows.min_tokens
+    more_B = draws_B | short_B | rows.shaped | (rows.logprobs >= 0)
+
+    def whole(logits_BY: Array) -> tuple[Array, Logprobs]:
+        token_B = sample(shape(logits_BY), rows)
+        return token_B, token_logprobs(logits_BY, token_B, rows)
+
+    def plain(logits_BY: Array) -> tuple[Array, Logprobs]:
+        return _likeliest(logits_BY), _no_logprobs(len(logits_BY))
+
+    return jax.lax.cond(jnp.any(more_B), whole, plain, logits.astype(jnp.float32))
+
+
 def sample(logits: Float[Array, "B Y"], rows: SamplingRows) -> Int[Array, "B"]:
     """The next token of each row, int32. The padded tail of the vocabulary must be -inf.
 
@@ -151,10 +179,19 @@ def sample(logits: Float[Array, "B Y"], rows: SamplingRows) -> Int[Array, "B"]:
     """
     _check_vocabulary(logits)
     logits = _mask_early_stops(logits.astype(jnp.float32), rows)
-    likeliest_B = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    likeliest_B = _likeliest(logits)
     drawn_B = jax.lax.cond(jnp.any(rows.temperature >= GREEDY_BELOW), _draw, lambda *_: likeliest_B, logits, rows)
-    token_B = jnp.where(rows.temperature < GREEDY_BELOW, likeliest_B, drawn_B)
-    return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), token_B, NO_TOKEN)
+    return jnp.where((rows.temperature < GREEDY_BELOW) | (likeliest_B == NO_TOKEN), likeliest_B, drawn_B)
+
+
+def _likeliest(logits_BY: Array) -> Int[Array, "B"]:
+    token_B = jnp.argmax(logits_BY, axis=-1).astype(jnp.int32)
+    return jnp.where(jnp.isfinite(jnp.max(logits_BY, axis=-1)), token_B, NO_TOKEN)
+
+
+def _no_logprobs(rows: int) -> Logprobs:
+    zeros_BL = jnp.zeros((rows, MAX_LOGPROBS))
+    return zeros_BL[:, 0], zeros_BL, zeros_BL.astype(jnp.int32)
 
 
 def finished(tokens: Int[Array, "B"], rows: SamplingRows) -> tuple[Bool[Array, "B"], Int[Array, "B"]]:
@@ -171,9 +208,7 @@ def finished(tokens: Int[Array, "B"], rows: SamplingRows) -> tuple[Bool[Array, "
     return reason_B != RUNNING, reason_B
 
 
-def token_logprobs(
-    logits: Float[Array, "B Y"], tokens: Int[Array, "B"], rows: SamplingRows
-) -> tuple[Float[Array, "B"], Float[Array, "B L"], Int[Array, "B L"]]:
+def token_logprobs(logits: Float[Array, "B Y"], tokens: Int[Array, "B"], rows: SamplingRows) -> Logprobs:
     """Log-softmax (natural, float32) at `tokens`, and at the 20 likeliest tokens with their ids, likeliest first.
 
     `logits` are the model's own, not shaped ones. Of equal tokens the lower id goes first. A token among the likeliest
@@ -182,12 +217,11 @@ def token_logprobs(
     """
     _check_vocabulary(logits)
     asks_B = (rows.logprobs >= 0) & (tokens != NO_TOKEN)
-    zeros_BL = jnp.zeros((len(tokens), MAX_LOGPROBS))
-    nothing = zeros_BL[:, 0], zeros_BL, zeros_BL.astype(jnp.int32)
+    nothing = _no_logprobs(len(tokens))
     return jax.lax.cond(jnp.any(asks_B), _logprobs, lambda *_: nothing, logits.astype(jnp.float32), tokens, asks_B)
 
 
-def _logprobs(logits_BY: Array, tokens_B: Array, asks_B: Array) -> tuple[Array, Array, Array]:
+def _logprobs(logits_BY: Array, tokens_B: Array, asks_B: Array) -> Logprobs:
     """The sum under the logarithm is one of integers, so independent of the batch; off by less than 2**-39 a token."""
     short = max(MAX_LOGPROBS - logits_BY.shape[1], 0)
     top_BL, ids_BL = jax.lax.top_k(logits_BY, MAX_LOGPROBS - short)
@@ -195,7 +229,7 @@ def _logprobs(logits_BY: Array, tokens_B: Array, asks_B: Array) -> tuple[Array, 
     ids_BL = jnp.pad(ids_BL, ((0, 0), (0, short)), constant_values=NO_TOKEN)
     own_B1 = jnp.take_along_axis(logits_BY, jnp.maximum(tokens_B, 0)[:, None], axis=1)
     below_BL = jnp.concatenate([own_B1, top_BL], axis=1) - top_BL[:, :1]
-    high_B, low_B = _mass_of(jnp.exp(logits_BY - top_BL[:, :1]))(jnp.ones_like(logits_BY, bool))
+    high_B, low_B = mass_of(jnp.exp(logits_BY - top_BL[:, :1]))(jnp.ones_like(logits_BY, bool))
     high_B -= 1 << DIGIT_BITS  # without the 1 of the likeliest token, the sum of the others keeps its digits
     rest_B = high_B.astype(jnp.float32) * 2.0**-DIGIT_BITS + low_B.astype(jnp.float32) * 2.0 ** (-3 * DIGIT_BITS)
     values_BL = jnp.where(asks_B[:, None], below_BL - jnp.log1p(rest_B)[:, None], 0.0)
@@ -244,17 +278,17 @@ def _weights(logits_BY: Array, rows: SamplingRows) -> Array:
 
 def _kept(logits_BY: Array, weights_BY: Array, rows: SamplingRows) -> Array:
     """The set that top-k, top-p and min-p leave, in this order. Never empty where there is something to draw."""
-    order_BY = _ordinal(logits_BY)
+    order_BY = ordinals(logits_BY)
 
     def top_k(kept_BY: Array) -> Array:
         target_B = jnp.where(rows.top_k > 0, rows.top_k, logits_BY.shape[-1]).astype(jnp.uint32)
-        return kept_BY & _prefix(order_BY, _count, (jnp.zeros_like(target_B), target_B))
+        return kept_BY & prefix_of(order_BY, count_of, (jnp.zeros_like(target_B), target_B))
 
     def top_p(kept_BY: Array) -> Array:
-        measure = _mass_of(weights_BY)  # what top-k left is a prefix of the same order
-        high_B, low_B = _scaled(measure(kept_BY), _digits(jnp.asarray(rows.top_p)))
+        measure = mass_of(weights_BY)  # what top-k left is a prefix of the same order
+        high_B, low_B = scaled(measure(kept_BY), digits_of(jnp.asarray(rows.top_p)))
         target = high_B, jnp.where((high_B == 0) & (low_B == 0), 1, low_B)  # never empty
-        return kept_BY & (_prefix(order_BY, measure, target) | (rows.top_p >= 1.0)[:, None])
+        return kept_BY & (prefix_of(order_BY, measure, target) | (rows.top_p >= 1.0)[:, None])
 
     kept_BY = weights_BY > 0.0
     kept_BY = jax.lax.cond(jnp.any(rows.top_k > 0), top_k, lambda unchanged: unchanged, kept_BY)
@@ -270,95 +304,16 @@ def _draw(logits_BY: Array, rows: SamplingRows) -> Array:
     weights_BY = _weights(logits_BY, rows)
     weights_BY = jnp.where(_kept(logits_BY, weights_BY, rows), weights_BY, 0.0)
     weights_BJQ = jnp.pad(weights_BY, ((0, 0), (0, -weights_BY.shape[1] % BLOCK))).reshape(len(weights_BY), -1, BLOCK)
-    measure_blocks = _sum_of([jnp.sum(digit_BJQ, axis=-1, dtype=jnp.uint32) for digit_BJQ in _digits(weights_BJQ)])
+    measure_blocks = sum_of([jnp.sum(digit_BJQ, axis=-1, dtype=jnp.uint32) for digit_BJQ in digits_of(weights_BJQ)])
     every_BJ = jnp.ones(weights_BJQ.shape[:2], bool)
-    high_B, low_B = _scaled(measure_blocks(every_BJ), _random_digits(rows))
+    high_B, low_B = scaled(measure_blocks(every_BJ), _random_digits(rows))
     target = high_B, low_B + 1
-    block_B = _first(measure_blocks, every_BJ.shape, target)
+    block_B = first_index(measure_blocks, every_BJ.shape, target)
     block_B1 = jnp.minimum(block_B, every_BJ.shape[1] - 1)[:, None]  # past the end where there is nothing to draw
     before_BJ = jax.lax.broadcasted_iota(jnp.int32, every_BJ.shape, 1) < block_B1
     weights_BQ = jnp.take_along_axis(weights_BJQ, block_B1[:, :, None], axis=1)[:, 0]
-    inside_B = _first(_mass_of(weights_BQ), weights_BQ.shape, _difference(target, measure_blocks(before_BJ)))
+    inside_B = first_index(mass_of(weights_BQ), weights_BQ.shape, difference(target, measure_blocks(before_BJ)))
     return block_B1[:, 0] * BLOCK + inside_B
-
-
-# ----------------------------------------------------------------------------------------- prefixes that reach a target
-
-
-def _prefix(order_BY: Array, measure: Measure, target: Amount) -> Array:
-    """The shortest prefix that reaches `target`, of the tokens by falling `order` (uint32) and then by rising id."""
-    last_B1 = _threshold(order_BY, 32, measure, target)[:, None]
-    vocabulary = order_BY.shape[-1]
-    rank_1Y = vocabulary - jax.lax.broadcasted_iota(jnp.uint32, (1, vocabulary), 1)  # of ties: Y down to 1
-    rank_BY = jnp.where(order_BY > last_B1, vocabulary + 1, jnp.where(order_BY == last_B1, rank_1Y, 0))
-    return rank_BY >= _threshold(rank_BY, (vocabulary + 1).bit_length(), measure, target)[:, None]
-
-
-def _threshold(keys_BY: Array, bits: int, measure: Measure, target: Amount) -> Array:
-    """The largest t for which the tokens with `key >= t` reach `target`; 0 if none does. Keys are uint32 below 2**bits.
-
-    A set that grows never measures less, so the bits of t can be settled one by one from the highest.
-    """
-
-    def settle(i: Array, threshold_B: Array) -> Array:
-        candidate_B = threshold_B | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
-        reached_B = _at_least(measure(keys_BY >= candidate_B[:, None]), target)
-        return jnp.where(reached_B, candidate_B, threshold_B)
-
-    return jax.lax.fori_loop(0, bits, settle, jnp.zeros(keys_BY.shape[:1], jnp.uint32))
-
-
-def _first(measure: Measure, shape: tuple[int, ...], target: Amount) -> Array:
-    """The lowest index along the second axis of `shape` up to which `target` is reached, int32."""
-    length = shape[1]
-    falling = length - jax.lax.broadcasted_iota(jnp.uint32, shape, 1)
-    return length - _threshold(falling, length.bit_length(), measure, target).astype(jnp.int32)
-
-
-def _ordinal(values_BY: Array) -> Array:
-    """uint32 in the order of the float32 values; both zeros give one number."""
-    bits_BY = jax.lax.bitcast_convert_type(jnp.where(values_BY == 0.0, 0.0, values_BY), jnp.uint32)
-    sign_BY = bits_BY >> 31
-    return jnp.where(sign_BY == 1, ~bits_BY, bits_BY | jnp.uint32(1 << 31))
-
-
-# ------------------------------------------------------------------------------------------------- fixed-point amounts
-
-
-def _count(kept_BY: Array) -> Amount:
-    low_B = jnp.sum(kept_BY, axis=-1, dtype=jnp.uint32)
-    return jnp.zeros_like(low_B), low_B
-
-
-def _mass_of(weights_BY: Array) -> Measure:
-    """The measure of a set that adds up the weights of its tokens; digits are cheaper to make again than to read."""
-    return lambda kept_BY: _sum_of(_digits(jnp.where(kept_BY, weights_BY, 0.0)))(kept_BY)
-
-
-def _sum_of(digits: Sequence[Array]) -> Measure:
-    """The measure of a set that adds up three digits per member; the sum of each digit stays under 2**32."""
-
-    def total(kept: Array) -> Amount:
-        first_B, second_B, third_B = (jnp.sum(jnp.where(kept, digit, 0), axis=-1, dtype=jnp.uint32) for digit in digits)
-        second_B += third_B >> DIGIT_BITS
-        low_B = (second_B & DIGIT_MASK) << DIGIT_BITS | third_B & DIGIT_MASK
-        return first_B + (second_B >> DIGIT_BITS), low_B
-
-    return total
-
-
-def _digits(fraction: Array) -> list[Array]:
-    """Three uint32 digits of 13 bits after the point, highest first; 1.0 gives 2**13, 0, 0.
-
-    Every step is exact in float32. What lies below 2**-39 is cut off.
-    """
-    digits = []
-    for _ in range(3):
-        shifted = fraction * 2.0**DIGIT_BITS
-        whole = jnp.floor(shifted)
-        digits.append(whole.astype(jnp.uint32))
-        fraction = shifted - whole
-    return digits
 
 
 def _random_digits(rows: SamplingRows) -> list[Array]:
@@ -371,28 +326,3 @@ def _random_digits(rows: SamplingRows) -> list[Array]:
     words_B2 = jax.vmap(words)(*map(jnp.asarray, (rows.seed, rows.choice, rows.sampled)))
     shifts = (32 - DIGIT_BITS, 32 - 2 * DIGIT_BITS)
     return [words_B2[:, word] >> shift & DIGIT_MASK for word in (0, 1) for shift in shifts]
-
-
-def _scaled(amount: Amount, fraction: Sequence[Array]) -> Amount:
-    """floor(amount * fraction) by long multiplication; `fraction` < 1 as digits after the point, highest first."""
-    high_B, low_B = amount
-    digits = [low_B & DIGIT_MASK, low_B >> DIGIT_BITS]
-    digits += [high_B & DIGIT_MASK, high_B >> DIGIT_BITS & DIGIT_MASK, high_B >> 2 * DIGIT_BITS]
-    columns = [jnp.zeros_like(low_B)] * (len(digits) + len(fraction))
-    for i, digit_B in enumerate(digits):
-        for j, factor_B in enumerate(reversed(fraction)):
-            columns[i + j] += digit_B * factor_B  # at most five products of 26 bits: no overflow
-    for i in range(len(columns) - 1):
-        columns[i + 1] += columns[i] >> DIGIT_BITS
-        columns[i] &= DIGIT_MASK
-    whole = columns[len(fraction) :]
-    return whole[2] | whole[3] << DIGIT_BITS | whole[4] << 2 * DIGIT_BITS, whole[0] | whole[1] << DIGIT_BITS
-
-
-def _difference(amount: Amount, less: Amount) -> Amount:
-    borrow_B = (amount[1] < less[1]).astype(jnp.uint32)
-    return amount[0] - less[0] - borrow_B, amount[1] - less[1] + (borrow_B << 2 * DIGIT_BITS)
-
-
-def _at_least(amount: Amount, target: Amount) -> Array:
-    return (amount[0] > target[0]) | (amount[0] == target[0]) & (amount[1] >= target[1])

@@ -9,7 +9,7 @@ import pytest
 from sampling_oracle import define, packed, request, widened
 from scipy.stats import chi2
 
-from hybrid_jax import sampling
+from hybrid_jax import prefixes, sampling
 from hybrid_jax.request import ERROR, LENGTH, RUNNING, STOP, Request, SamplingParams
 
 BOTH = jax.jit(lambda logits, rows: (sampling.sample(logits, rows), sampling.support(logits, rows)))
@@ -280,6 +280,6 @@ def test_refusals() -> None:
 )
 def test_amounts_are_scaled_as_integers(high: int, low: int, digits: list[int]) -> None:
     word = lambda value: jnp.array([value], jnp.uint32)  # noqa: E731
-    scaled = sampling._scaled((word(high), word(low)), [word(digit) for digit in digits])
+    scaled = prefixes.scaled((word(high), word(low)), [word(digit) for digit in digits])
     fraction = sum(digit << 13 * place for place, digit in enumerate(reversed(digits)))
     assert (int(scaled[0][0]) << 26) + int(scaled[1][0]) == ((high << 26) + low) * fraction >> 52

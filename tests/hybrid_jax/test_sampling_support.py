@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sampling_oracle import define, packed, request, widened
 
-from hybrid_jax import sampling
+from hybrid_jax import prefixes, sampling
 from hybrid_jax.request import SamplingParams
 
 SUPPORT = jax.jit(sampling.support)
@@ -145,14 +145,14 @@ def test_top_p_of_one_row_leaves_the_others_alone() -> None:
 @hypothesis.given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=50))
 def test_weights_add_up_as_integers(weights: list[float]) -> None:
     weights_BY = jnp.zeros((1, 64)).at[0, : len(weights)].set(jnp.array(weights, jnp.float32))
-    high, low = sampling._mass_of(weights_BY)(jnp.ones((1, 64), bool))
+    high, low = prefixes.mass_of(weights_BY)(jnp.ones((1, 64), bool))
     assert (int(high[0]) << 26) + int(low[0]) == sum(int(weight * 2**39) for weight in weights)
 
 
 def test_the_largest_vocabulary_of_equal_tokens_does_not_overflow() -> None:
     weights_BY = jnp.ones((1, sampling.MAX_VOCABULARY))
-    high, low = sampling._mass_of(weights_BY)(weights_BY > 0.0)
+    high, low = prefixes.mass_of(weights_BY)(weights_BY > 0.0)
     assert (int(high[0]), int(low[0])) == (sampling.MAX_VOCABULARY << 13, 0)
     weights_BY = jnp.full((1, sampling.MAX_VOCABULARY), 1 - 2**-24)
-    high, low = sampling._mass_of(weights_BY)(weights_BY > 0.0)
+    high, low = prefixes.mass_of(weights_BY)(weights_BY > 0.0)
     assert (int(high[0]) << 26) + int(low[0]) == sampling.MAX_VOCABULARY * (2**39 - 2**15)
