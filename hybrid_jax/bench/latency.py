@@ -26,7 +26,8 @@ class Latency:
 
     first_token: from arrival to the first token. token: of each request, the mean time of its further tokens; none
     where answers have one token. They come to the host in groups, as many as one dispatch draws. prompt_step,
-    decode_step: of a step that reads prompts, and of one step of the decode loop.
+    decode_step: of a step that reads prompts, and of one step of the decode loop. decode_host: the host's own work for
+    one dispatch of that loop; while it is less than the loop takes, the device has the next one before it ends this.
     """
 
     batch: int
@@ -37,6 +38,7 @@ class Latency:
     token: Spread | None
     prompt_step: Spread
     decode_step: Spread | None
+    decode_host: Spread | None
     tokens_per_dispatch: float
     compile_s: float
     compiled_in_time: int
@@ -46,6 +48,7 @@ class Latency:
         """In one line."""
         parts = [f"first token {_ms(self.first_token)}", f"further token {_ms(self.token)}"]
         parts += [f"prompt step {_ms(self.prompt_step)}", f"decode step {_ms(self.decode_step)}"]
+        parts += [f"host {_ms(self.decode_host)} a dispatch of decode steps"]
         return (
             f"batch {self.batch}, {self.prompt} tokens in, {self.answer} out: {'; '.join(parts)} (median / p90); "
             f"{self.tokens_per_dispatch:.1f} tokens a dispatch; compiled in {self.compile_s:.1f} s before, "
@@ -82,6 +85,7 @@ def measure_latency(bench: Bench, batch: int, prompt: int, answer: int, repeats:
         token=spread(further) if further else None,
         prompt_step=spread([step.span_s for step in steps if step.bucket.tokens]),
         decode_step=spread([step.span_s / step.loops for step in loops]) if loops else None,
+        decode_host=spread([step.span_s - step.wait_s for step in loops]) if loops else None,
         tokens_per_dispatch=statistics.mean(step.loops for step in loops) if loops else 0.0,
         compile_s=compile_s,
         compiled_in_time=bench.runner.compilations - compiled,

@@ -236,6 +236,7 @@ def test_latency_has_a_time_for_each_token(bench):
     assert 0 < found.first_token.median_s <= found.first_token.p90_s and found.token.median_s > 0
     assert found.tokens_per_dispatch == pytest.approx(2.5)  # five further tokens in dispatches of four and one
     assert found.prompt_step.median_s > 0 and found.decode_step.median_s > 0
+    assert 0 < found.decode_host.median_s < 4 * found.decode_step.p90_s
     assert json.loads(json.dumps(found.to_json()))["batch"] == 2 and "first token" in found.line
 
 
