@@ -6,11 +6,13 @@ fails here instead of losing precision on a device.
 """
 
 import os
+import tempfile
 
 import hypothesis
 import pytest
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
+COMPILED: pytest.StashKey[tempfile.TemporaryDirectory[str]] = pytest.StashKey()
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.register_profile("search", max_examples=2000, deadline=None, print_blob=True)
@@ -32,6 +34,14 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_default_matmul_precision", "highest")
+    config.stash[COMPILED] = tempfile.TemporaryDirectory(prefix="compiled")  # engines of one shape are made many times
+    jax.config.update("jax_compilation_cache_dir", config.stash[COMPILED].name)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove this process's programs."""
+    if COMPILED in config.stash:
+        config.stash[COMPILED].cleanup()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -172,7 +172,7 @@ TestEngineMachine = EngineMachine.TestCase
 
 @pytest.mark.slow
 def test_many_more_series():
-    run_state_machine_as_test(EngineMachine, settings=settings(max_examples=600, stateful_step_count=60))
+    run_state_machine_as_test(EngineMachine, settings=settings(max_examples=250, stateful_step_count=60))
 
 
 # ------------------------------------------------------------------------------- the oracle and the balance do notice

@@ -115,7 +115,8 @@ def test_decoding_with_the_cache_gives_the_logits_of_a_full_forward(outputs):
 def test_greedy_tokens_through_the_engine(name):
     """Prompts of several lengths at once, prefilled in pieces, then decoded with the cache in the on-device loop."""
     fixture = Fixture(name)
-    llm = LLM(fixture.path, "float32", max_model_len=192, max_num_batched_tokens=64, page_size=16, decode_steps=8)
+    sizes = {"max_model_len": 192, "max_num_seqs": 3, "max_num_batched_tokens": 64, "page_size": 32}
+    llm = LLM(fixture.path, "float32", decode_steps=8, **sizes)
     params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
     answers = llm.generate([prompt.tolist() for prompt in fixture.prompts], params)
     for index, answer in enumerate(answers):
