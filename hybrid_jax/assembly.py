@@ -14,12 +14,13 @@ from hybrid_jax.config import EngineConfig, step_tokens
 from hybrid_jax.engine import Engine
 from hybrid_jax.memory import Limits as MemoryLimits
 from hybrid_jax.memory import MemoryPlan, plan_memory
-from hybrid_jax.plan import Model, measure
+from hybrid_jax.plan import Model, measure_share
 from hybrid_jax.pool import Pool
 from hybrid_jax.prefix_cache import PrefixCache
 from hybrid_jax.routing import Routing, summary
 from hybrid_jax.runner import Runner, RunnerSizes
 from hybrid_jax.scheduler import Limits, Scheduler
+from hybrid_jax.sharding import Placement, lay_out, planned_mesh
 from models.decoder import Decoder
 
 CPU_REQUESTS = 16  # rows of a step cost time on a CPU one by one
@@ -39,24 +40,31 @@ def plan_engine(model: Decoder, routing: Routing, positions: int, config: Engine
         memory_fraction=config.memory_fraction,
         prefix_caching=config.prefix_caching,
     )
-    return plan_memory(measure(Model(model, routing, positions)), _device_memory_bytes(), limits)
+    layout = lay_out(model, planned_mesh(config.tensor_parallel, config.expert_parallel))
+    sizes = measure_share(Model(model, routing, positions), layout)
+    return plan_memory(sizes, _device_memory_bytes(), limits)
 
 
 def _device_memory_bytes() -> int:
-    """Memory of the first device: what it reports, and for a CPU a part of the machine's."""
-    device = jax.devices()[0]
+    """Memory of a device of this process: what it reports, and for a CPU a part of the machine's."""
+    device = jax.local_devices()[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
     if device.platform != "cpu":
         raise ValueError(f"wanted a device that reports its memory, got {device.device_kind}: it cannot be planned for")
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // CPU_SHARE
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // CPU_SHARE // jax.local_device_count()
 
 
 def build_engine(
-    model: Decoder, routing: Routing, plan: MemoryPlan, config: EngineConfig, eos_token_ids: Sequence[int]
+    model: Decoder,
+    routing: Routing,
+    plan: MemoryPlan,
+    config: EngineConfig,
+    eos_token_ids: Sequence[int],
+    placement: Placement | None = None,
 ) -> tuple[Engine, Runner]:
-    """The engine of a loaded model, with its pools as planned."""
+    """The engine of a loaded model, with its pools as planned; without a placement, on one device."""
     if config.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
     keeps_pages, keeps_states = routing.token_bytes > 0, routing.request_bytes > 0
@@ -86,17 +94,23 @@ def build_engine(
         config.canary,
     )
     precision = "highest" if config.dtype == "float32" else None
-    runner = Runner(model, routing, sizes, eos_token_ids, precision)
+    runner = Runner(model, routing, sizes, eos_token_ids, precision, placement)
     return Engine(Scheduler(limits, pages, slots, cache), runner, config.run_ahead), runner
 
 
 def start_line(name: str, config: EngineConfig, routing: Routing, plan: MemoryPlan) -> str:
     """What an engine is, in one line."""
     return (
-        f"{name}: {config.dtype} on {jax.default_backend()}, {_backends(routing)}; {summary(routing)}; "
+        f"{name}: {config.dtype} on {_devices(config)}, {_backends(routing)}; {summary(routing)}; "
         f"{plan.max_num_seqs} requests of up to {plan.max_model_len} tokens at once, {plan.pages} pages of "
         f"{plan.page_size} tokens, {plan.slots} slots; {plan.limiting} come to their end first"
     )
+
+
+def _devices(config: EngineConfig) -> str:
+    platform = jax.default_backend()
+    devices = config.tensor_parallel * config.expert_parallel
+    return platform if devices == 1 else f"{devices} {platform} devices"
 
 
 def _backends(routing: Routing) -> str:

@@ -24,6 +24,14 @@ class EngineConfig:
     backend: Backend = "auto"
     """Who computes attention: `auto` takes the platform's own kernel of a kind where there is one, else plain XLA."""
 
+    tensor_parallel: int = 1
+    """Devices that divide the model among them by heads, inner channels and experts. For copies of a model, each with
+    requests of its own, start an engine for each."""
+
+    expert_parallel: int = 1
+    """Groups of so many devices that repeat the heads and divide everything else further, for a model whose heads do
+    not divide among all the devices that its experts need."""
+
     max_model_len: int | None = None
     """Most tokens of a request, prompt and output together. None: the model's own limit, but at most 8192."""
 
@@ -70,7 +78,14 @@ class EngineConfig:
     """Stamp every page and slot with owner and position and check that on reading: finds faults of the engine."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_batched_tokens", "page_size", "decode_steps", "max_waiting"):
+        for name in (
+            "tensor_parallel",
+            "expert_parallel",
+            "max_num_batched_tokens",
+            "page_size",
+            "decode_steps",
+            "max_waiting",
+        ):
             self._require(name, 1, 2**20)
         self._require("snapshot_interval", 0, 2**20)
         for name, least, most in (

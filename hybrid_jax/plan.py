@@ -1,7 +1,7 @@
 """What a model needs of each device, read off its abstract build, and the plan of it as a table, sentences and JSON.
 
 Nothing is loaded: the config is enough. The arithmetic of the plan itself is in `hybrid_jax/memory.py`. What several
-devices divide is read off names only: logical axes of weights, arrays of memories. This module knows no family or kind.
+devices divide is the business of `hybrid_jax/sharding.py`. This module knows no family or kind.
 """
 
 import math
@@ -19,12 +19,10 @@ from hybrid_jax.config import Backend, Dtype
 from hybrid_jax.memory import GIB, MemoryPlan, ModelSizes, format_bytes, parts_bytes
 from hybrid_jax.published_config import read_published_config
 from hybrid_jax.routing import Routing, keeps_pages, route_model
-from kernels_pallas.op import ArraySpec
+from hybrid_jax.sharding import Layout, best_split, lay_out, planned_mesh
 from models.decoder import TARGET, Decoder, Route
 from models.registry import find_family
 
-WHOLE_AXES = (None, "model")  # logical axes of weights that every device keeps whole
-DIVIDED_AXIS = {"state": 0, "tail": 1, "kv": 1, "latent": None}  # of an array of memory: heads, or channels
 EXPERTS_A_TOKEN = 8  # assumed in the estimate of temporaries; routers know the real number, their weights do not
 ACTIVATION_BYTES = 24  # six arrays of 32 bits: a product's input and output, and what is made of them up to the next
 COPIES = (
@@ -60,11 +58,18 @@ def device_bytes(hbm_gib: float, devices: int) -> int:
     return int(hbm_gib * GIB)
 
 
-def measure(model: Model, devices: int = 1) -> ModelSizes:
-    """What a model needs of each of `devices` devices that share its layers by tensor parallelism.
+def plan_layout(model: Model, devices: int) -> Layout:
+    """How so many devices would divide a model, its heads as far as they go. Raises ValueError where it cannot be."""
+    return lay_out(model.decoder, planned_mesh(*best_split(model.decoder, devices)))
 
-    Raises ValueError for a memory of which it is not known how several devices would divide it.
-    """
+
+def measure(model: Model, devices: int = 1) -> ModelSizes:
+    """What a model needs of each of so many devices that divide it. Raises ValueError as `plan_layout`."""
+    return measure_share(model, plan_layout(model, devices))
+
+
+def measure_share(model: Model, layout: Layout) -> ModelSizes:
+    """What a model needs of each of the devices on which it is laid out."""
     routes = model.routing.routes
     copying = [route for route in routes if route.backend == "xla"]  # plain XLA copies what it reads of the pools
     vocabulary, width = model.decoder.embedding.table.shape
@@ -72,48 +77,32 @@ def measure(model: Model, devices: int = 1) -> ModelSizes:
         positions=model.positions,
         vocabulary=vocabulary,
         weights_bytes=sum(
-            _shard_size(leaf, devices) * leaf.dtype.itemsize for _, leaf in nnx.to_flat_state(nnx.state(model.decoder))
+            _shard_size(leaf, layout) * leaf.dtype.itemsize for _, leaf in nnx.to_flat_state(nnx.state(model.decoder))
         ),
-        token_bytes=_memory_bytes(routes, True, devices),
-        request_bytes=_memory_bytes(routes, False, devices),
-        step_token_bytes=ACTIVATION_BYTES * (width + _widest_product(model.decoder, devices)),
-        gathered_token_bytes=COPIES * _copied_bytes(copying, True, devices),
-        gathered_request_bytes=COPIES * _copied_bytes(copying, False, devices),
+        token_bytes=_memory_bytes(routes, True, layout),
+        request_bytes=_memory_bytes(routes, False, layout),
+        step_token_bytes=ACTIVATION_BYTES * (width + _widest_product(model.decoder, layout)),
+        gathered_token_bytes=COPIES * _copied_bytes(copying, True, layout),
+        gathered_request_bytes=COPIES * _copied_bytes(copying, False, layout),
     )
 
 
-def _shard_size(leaf: Any, devices: int) -> int:
-    """Numbers of a weight on each device: its first divided axis is shared out, rounded up."""
-    shape, divided = list(leaf.shape), [index for index, axis in enumerate(_axes(leaf)) if axis not in WHOLE_AXES]
-    for index in divided[:1]:
-        shape[index] = -(-shape[index] // devices)
-    return math.prod(shape)
+def _shard_size(leaf: Any, layout: Layout) -> int:
+    """Numbers of a weight on each device."""
+    return math.prod(layout.local_shape(_axes(leaf), leaf.shape))
 
 
 def _axes(leaf: Any) -> tuple[str | None, ...]:
     return leaf.get_metadata("axes")
 
 
-def _memory_bytes(routes: Iterable[Route], pages: bool, devices: int) -> int:
+def _memory_bytes(routes: Iterable[Route], pages: bool, layout: Layout) -> int:
     """Bytes on each device for one token (`pages`) or one request, over some layers of all roles."""
     arrays = [array for route in routes if keeps_pages(route) is pages for array in route.memory.arrays]
-    return sum(_array_bytes(array, devices) for array in arrays)
+    return sum(layout.array_bytes(array) for array in arrays)
 
 
-def _array_bytes(array: ArraySpec, devices: int) -> int:
-    if devices == 1:
-        return array.size_bytes
-    if array.name not in DIVIDED_AXIS:
-        raise ValueError(
-            f"wanted a memory of {', '.join(DIVIDED_AXIS)} to divide, got {array.name!r}: plan for one device"
-        )
-    axis = DIVIDED_AXIS[array.name]
-    if axis is None:
-        return array.size_bytes
-    return array.size_bytes // array.shape[axis] * -(-array.shape[axis] // devices)
-
-
-def _widest_product(module: nnx.Module, devices: int) -> int:
+def _widest_product(module: nnx.Module, layout: Layout) -> int:
     """The most numbers that a product makes of one token on each device."""
     widths = [0]
     for _, leaf in nnx.to_flat_state(nnx.state(module)):
@@ -124,13 +113,13 @@ def _widest_product(module: nnx.Module, devices: int) -> int:
         if "expert" in axes:  # a token's experts lie on any device: none of the products is divided for certain
             widths.append(math.prod(leaf.shape) // width // leaf.shape[axes.index("expert")] * EXPERTS_A_TOKEN)
         else:
-            widths.append(_shard_size(leaf, devices) // width)
+            widths.append(_shard_size(leaf, layout) // width)
     return max(widths)
 
 
-def _copied_bytes(routes: Iterable[Route], pages: bool, devices: int) -> int:
+def _copied_bytes(routes: Iterable[Route], pages: bool, layout: Layout) -> int:
     """Bytes of the layer that has most for one token (`pages`) or one request."""
-    return max((_memory_bytes([route], pages, devices) for route in routes), default=0)
+    return max((_memory_bytes([route], pages, layout) for route in routes), default=0)
 
 
 # ------------------------------------------------------------------------------------------------------------- showing
@@ -171,36 +160,39 @@ def describe(plan: MemoryPlan) -> list[str]:
     return lines
 
 
-def describe_model(routing: Routing, sizes: ModelSizes, devices: int) -> list[str]:
-    """What a token and a request weigh on each device, and what was assumed about several devices."""
+def describe_model(routing: Routing, sizes: ModelSizes, layout: Layout) -> list[str]:
+    """What a token and a request weigh on each device, and how several devices divide the model."""
     lines = [f"A token takes {sizes.token_bytes:,} bytes of pages, a request {sizes.request_bytes:,} bytes of a slot."]
-    even = break_even_tokens(routing, devices)
+    even = break_even_tokens(routing, layout)
     if even is not None:
         lines.append(f"In the model itself, without a draft, a slot weighs as much as the pages of {even:,} tokens.")
-    if devices > 1:
-        whole = {array.name for route in routing.routes for array in route.memory.arrays} & {
-            name for name, axis in DIVIDED_AXIS.items() if axis is None
-        }
+    if layout.parts > 1:
+        whole = {array.name for route in routing.routes for array in route.memory.arrays if not any(array.axes)}
         lines.append(
-            f"Assumed of {devices} devices: weights divide along heads, channels, experts, MLP and vocabulary, other "
-            "weights are whole on each; states and convolution tails divide, keys and values up to one head a device"
+            f"{layout.parts} devices divide weights along heads, channels, experts, MLP and vocabulary; other weights "
+            "are whole on each. States, convolution tails, keys and values divide; heads of the latter are repeated "
+            "where there are too few"
             + "".join(f"; {name} pages are whole on each" for name in sorted(whole))
             + "; row tables are whole on each."
         )
+        if layout.head_parts < layout.parts:
+            times = layout.parts // layout.head_parts
+            lines.append(f"Heads divide over {layout.head_parts} devices and are repeated: expert_parallel {times}.")
+        lines += [f"{line[0].upper()}{line[1:]}." for line in layout.whole]
     return lines
 
 
-def break_even_tokens(routing: Routing, devices: int = 1) -> int | None:
+def break_even_tokens(routing: Routing, layout: Layout) -> int | None:
     """Tokens whose pages weigh as much as a slot, in the target layers; None where one of the two weighs nothing."""
     target = [route for route in routing.routes if route.role == TARGET]
-    request_bytes, token_bytes = (_memory_bytes(target, pages, devices) for pages in (False, True))
+    request_bytes, token_bytes = (_memory_bytes(target, pages, layout) for pages in (False, True))
     return request_bytes // token_bytes if request_bytes and token_bytes else None
 
 
-def to_json(plan: MemoryPlan, routing: Routing, devices: int) -> dict[str, Any]:
+def to_json(plan: MemoryPlan, routing: Routing, layout: Layout) -> dict[str, Any]:
     """The plan of one device as plain data."""
     return {
-        "devices": devices,
+        "devices": layout.parts,
         "memory_bytes": plan.memory_bytes,
         "usable_bytes": plan.usable_bytes,
         "total_bytes": plan.total_bytes,
@@ -216,7 +208,7 @@ def to_json(plan: MemoryPlan, routing: Routing, devices: int) -> dict[str, Any]:
         "slots": plan.slots,
         "token_bytes": plan.sizes.token_bytes,
         "request_bytes": plan.sizes.request_bytes,
-        "break_even_tokens": break_even_tokens(routing, devices),
+        "break_even_tokens": break_even_tokens(routing, layout),
         "requests_by_slots": plan.requests_by_slots,
         "requests_by_pages": plan.requests_by_pages(plan.max_model_len),
         "limiting": plan.limiting,
@@ -225,10 +217,10 @@ def to_json(plan: MemoryPlan, routing: Routing, devices: int) -> dict[str, Any]:
     }
 
 
-def render(plan: MemoryPlan, routing: Routing, devices: int, title: str, console: Console) -> None:
+def render(plan: MemoryPlan, routing: Routing, layout: Layout, title: str, console: Console) -> None:
     """Print the table and the sentences."""
     console.print(to_table(plan, title))
-    for line in describe(plan) + describe_model(routing, plan.sizes, devices):
+    for line in describe(plan) + describe_model(routing, plan.sizes, layout):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(
         f"{format_bytes(plan.total_bytes)} of {format_bytes(plan.usable_bytes)} a device. Temporaries are an estimate.",

@@ -141,15 +141,20 @@ def entry_problems(plan: Plan, entries: Mapping[str, Leaf], leaves: Mapping[str,
 def fill(parameter: np.ndarray, source: Source, tensors: Iterable[np.ndarray]) -> None:
     """Store published tensors, in the order of `source.names`, into a parameter, converting to its dtype.
 
-    As `source.assemble`, but without a second copy of all tensors.
+    As `source.assemble`, but without a second copy of all tensors, except where joined tensors are dealt out.
     """
+    if source.joined and source.dealt:
+        parameter[...] = source.assemble([tensor.copy() for tensor in tensors], parameter.shape)
+        return
     for index, tensor in zip(range(len(source.names)), tensors, strict=True):
         view, each = _part(parameter, source, index)
         view[...] = each.assemble([tensor], view.shape)
 
 
 def pick(parameter: np.ndarray, source: Source, index: int) -> np.ndarray:
-    """The published tensor number `index` of a parameter: the inverse of `fill`, copying that tensor alone."""
+    """The published tensor number `index` of a parameter: the inverse of `fill`, and its exception."""
+    if source.joined and source.dealt:
+        return source.split(parameter)[index]
     view, each = _part(parameter, source, index)
     return each.split(view)[0]
 
@@ -170,7 +175,8 @@ def _stacked(parameter: np.ndarray, source: Source, index: int) -> tuple[np.ndar
     left, right = (side.split() for side in source.pattern.split("->"))
     grid, rest = left[: len(source.grid)], left[len(source.grid) :]
     axes = [right.index(letter) for letter in grid]
-    each = Source(("",), f"{' '.join(rest)} -> {' '.join(letter for letter in right if letter not in grid)}")
+    pattern = f"{' '.join(rest)} -> {' '.join(letter for letter in right if letter not in grid)}"
+    each = Source(("",), pattern, dealt=source.dealt)
     place: tuple[Any, ...] = np.unravel_index(index, source.grid) if source.grid else ()
     return np.moveaxis(parameter, axes, range(len(axes)))[(*place, ...)], each
 

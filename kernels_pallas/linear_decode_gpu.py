@@ -24,7 +24,6 @@ Knows no kind's mathematics.
 Letters: B rows, T tokens, K key width, N slots, L layers of the pool, W convolution width, c channels.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -213,34 +212,6 @@ def check_decode(name: str, activations: tuple[Array, ...], state: Float[Array, 
             f"{name} on a GPU wants bfloat16 activations, float32 states and key width {WIDTH}, got {', '.join(dtypes)}"
             f" and key width {state.shape[-1]}; use backend 'xla'"
         )
-
-
-Rows = Callable[[tuple[Array, ...], RaggedBatch], tuple[Array, tuple[Array, ...]]]  # pools, batch -> outputs, pools
-
-
-def by_rows(
-    step: Rows, prefill: Rows, pools: tuple[Array, ...], batch: RaggedBatch
-) -> tuple[Float[Array, "T c"], tuple[Array, ...]]:
-    """Rows in decode by `step`, all others by `prefill`: each touches the memory of its own rows alone.
-
-    `step` may leave the outputs of other tokens undefined where the batch may prefill. `prefill` sees a batch in which
-    the rows in decode are absent.
-    """
-    if not batch.may_prefill:
-        return step(pools, batch)
-    if not batch.may_decode:
-        return prefill(pools, batch)
-    first = batch.query_start[batch.decodes]
-    rest = dataclasses.replace(
-        batch,
-        query_start=jnp.maximum(batch.query_start, first),
-        decodes=jnp.zeros_like(batch.decodes),
-        content="prefill",
-    )
-    out, pools = prefill(pools, rest)
-    decoded, pools = step(pools, batch)
-    in_decode = jnp.arange(out.shape[0], dtype=jnp.int32) < first
-    return jnp.where(in_decode[:, None], decoded, out), pools
 
 
 def _places(layer: int, batch: RaggedBatch) -> tuple[Array, ...]:

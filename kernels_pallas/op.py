@@ -31,11 +31,15 @@ Content = Literal["mixed", "decode", "prefill"]
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array of a layer's memory: its name, its shape for one token or one request, and its dtype."""
+    """One array of a layer's memory: its name, its shape for one token or one request, and its dtype.
+
+    `axes` names the logical axes of the shape, those along which several devices may divide the array; () names none.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    axes: tuple[str | None, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -389,16 +393,36 @@ def _require(holds: bool | np.bool, what: str, wanted: str, got: object) -> None
 # --------------------------------------------------------------------------------------------- one name, three backends
 
 
+CONSTANT = "constant"  # in `Shares`: an argument that is no array
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How an operation falls into shares, each of some of its heads or groups, that need nothing of one another.
+
+    A share is the same function of fewer heads. `arguments` says of each positional argument along which axis its array
+    divides: a number, None for what every share has whole, a tuple of these for the fields of a dataclass, or CONSTANT.
+    `results` says it of what comes back. `counts` are the keyword arguments that count heads or groups. `axis` is the
+    logical axis.
+    """
+
+    axis: str
+    arguments: tuple[Any, ...]
+    results: tuple[int | None, ...]
+    counts: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Op:
     """One operation under one name, with one function per backend, all of the same signature.
 
-    fits: for a backend that has only some shapes or dtypes, whether it has those of a layer, told from what the layer
-    remembers and the dtype of its activations.
+    shares: how it divides. fits: for a backend that has only some shapes or dtypes, whether it has those of a layer,
+    told from what the layer remembers and the dtype of its activations.
     """
 
     name: str
     backends: Mapping[str, Callable[..., Any]]
+    shares: Shares
     fits: Mapping[str, Callable[[Any, str], bool]] = field(default_factory=dict)
 
     def on(self, backend: str) -> Callable[..., Any]:

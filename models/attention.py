@@ -11,6 +11,7 @@ from kernels_pallas.gqa import GQA, GQAWeights
 from kernels_pallas.mla import MLA, MLAWeights
 from kernels_pallas.op import ArraySpec, Cache, KVSpec, Memory, Place, RaggedBatch
 from kernels_pallas.rotary import Rotary
+from models.division import Divisible, Division
 from models.layers import Linear, RMSNorm
 
 LATENT_EPSILON = 1e-6  # of the norms inside MLA, whatever the model's other norms use
@@ -28,7 +29,7 @@ class LatentShape:
     value_width: int
 
 
-class LatentAttention(nnx.Module):
+class LatentAttention(Divisible):
     """MLA: projections around the op.
 
     `rotated`: queries and shared keys pass a rotary embedding on interleaved pairs. `gate`: None, or the outputs of a
@@ -77,8 +78,8 @@ class LatentAttention(nnx.Module):
         weights = MLAWeights(self.latent_norm.weight, self.expansion.kernel[...])
         tables = rotary if self.rotated else None
         (pages,) = cache.pages(self.place)
-        out, pages = MLA.on(self.backend)(
-            q, self.latent(x), weights, tables, pages, self.place.layer, batch, scale=self.scale, epsilon=LATENT_EPSILON
+        out, pages = self.division.op(MLA, self.backend, {"scale": self.scale, "epsilon": LATENT_EPSILON})(
+            q, self.latent(x), weights, tables, pages, self.place.layer, batch
         )
         out = self._scaled(out, x) if self.gated else out
         return self.output(out), cache.updated(self.place, (pages,))
@@ -117,7 +118,17 @@ class NormShape:
     offset: float = 0.0
 
 
-class _Grouped(nnx.Module):
+def kept_heads(key_heads: int, width: int, dtype: str) -> KVSpec:
+    """What a grouped-query attention remembers of a token."""
+    return KVSpec((ArraySpec("kv", (2, key_heads, width), dtype, (None, "kept_heads", None)),))
+
+
+def repeated(heads: Float[Array, "T G K"], memory: Memory) -> Float[Array, "T n K"]:
+    """Keys or values, each head as often as the memory keeps it."""
+    return jnp.repeat(heads, memory.arrays[0].shape[1] // heads.shape[1], axis=1)
+
+
+class _Grouped(Divisible):
     """What every GQA has: keys, values, output, memory. How queries come about is the business of its two forms."""
 
     kind = GQA.name
@@ -141,27 +152,25 @@ class _Grouped(nnx.Module):
         self.normed, self.epsilon = norm is not None, 0.0 if norm is None else norm.epsilon
         self.output = Linear(rngs, (shape.heads * shape.width,), (width,), ("heads", "model"), dtype)
         self.scale = scale
-        self.memory: Memory = KVSpec((ArraySpec("kv", (2, *keys), dtype),))
+        self.shape, self.dtype = shape, dtype
+        self.memory: Memory = kept_heads(shape.key_heads, shape.width, dtype)
         self.place = Place(0, 0)
         self.backend = GQA.choose(backend, self.memory, dtype)
+
+    def divide(self, division: Division) -> None:
+        """Bind a division; keys and values are repeated where there are more devices than heads of them."""
+        super().divide(division)
+        self.memory = kept_heads(division.key_heads(self.shape.key_heads), self.shape.width, self.dtype)
 
     def _attend(
         self, q: Array, gate: Array | None, x: Array, rotary: Rotary | None, cache: Cache, batch: RaggedBatch
     ) -> tuple[Array, Cache]:
         weights = GQAWeights(self.query_norm.weight, self.key_norm.weight) if self.normed else GQAWeights()
         (pages,) = cache.pages(self.place)
-        out, pages = GQA.on(self.backend)(
-            q,
-            self.key(x),
-            self.value(x),
-            gate,
-            weights,
-            rotary,
-            pages,
-            self.place.layer,
-            batch,
-            scale=self.scale,
-            epsilon=self.epsilon,
+        options = {"scale": self.scale, "epsilon": self.epsilon}
+        keys, values = repeated(self.key(x), self.memory), repeated(self.value(x), self.memory)
+        out, pages = self.division.op(GQA, self.backend, options)(
+            q, keys, values, gate, weights, rotary, pages, self.place.layer, batch
         )
         return self.output(out), cache.updated(self.place, (pages,))
 

@@ -13,10 +13,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kernels_pallas.gqa import GQA, GQAWeights
-from kernels_pallas.op import ArraySpec, Cache, KVSpec, Memory, Place, RaggedBatch
+from kernels_pallas.op import Cache, Memory, Place, RaggedBatch
 from kernels_pallas.rotary import Rotary, frequencies
-from models.attention import GroupedShape
+from models.attention import GroupedShape, kept_heads, repeated
 from models.decoder import Decoder, Layer, Mixer
+from models.division import Divisible, Division
 from models.hf_fields import MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Fields, check_multiple
 from models.layers import MLP, Embedding, Head, Linear, RMSNorm
 from models.lightning import LightningAttention, LightningShape, alibi_slopes
@@ -138,7 +139,7 @@ def _check_sizes(config: Config) -> None:
     check_multiple("num_attention_heads * head_dim", shape.heads * shape.width, "group_norm_size", config.norm_groups)
 
 
-class FusedGroupedAttention(nnx.Module):
+class FusedGroupedAttention(Divisible):
     """GQA with one projection, `[all query heads | all key heads | all value heads]`; rotary on half pairs."""
 
     kind = GQA.name
@@ -148,16 +149,22 @@ class FusedGroupedAttention(nnx.Module):
     ):
         heads = (shape.heads + 2 * shape.key_heads, shape.width)
         self.query_key_value = Linear(rngs, (width,), heads, ("model", None, None), dtype)
-        self.output = Linear(rngs, (shape.heads * shape.width,), (width,), ("heads", "model"), dtype)
+        self.output = Linear(rngs, (shape.heads, shape.width), (width,), ("heads", None, "model"), dtype)
         if normed:
             self.query_norm = RMSNorm(shape.width, epsilon)
             self.key_norm = RMSNorm(shape.width, epsilon)
         self.normed = normed
         self.shape = shape
         self.epsilon = epsilon
-        self.memory: Memory = KVSpec((ArraySpec("kv", (2, shape.key_heads, shape.width), dtype),))
+        self.dtype = dtype
+        self.memory: Memory = kept_heads(shape.key_heads, shape.width, dtype)
         self.place = Place(0, 0)
         self.backend = GQA.choose(backend, self.memory, dtype)
+
+    def divide(self, division: Division) -> None:
+        """Bind a division; keys and values are repeated where there are more devices than heads of them."""
+        super().divide(division)
+        self.memory = kept_heads(division.key_heads(self.shape.key_heads), self.shape.width, self.dtype)
 
     def __call__(
         self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
@@ -165,19 +172,20 @@ class FusedGroupedAttention(nnx.Module):
         whole, keys_end = self.query_key_value(x), self.shape.heads + self.shape.key_heads
         weights = GQAWeights(self.query_norm.weight, self.key_norm.weight) if self.normed else GQAWeights()
         (pages,) = cache.pages(self.place)
-        out, pages = GQA.on(self.backend)(
+        out, pages = self.division.op(
+            GQA, self.backend, {"scale": self.shape.width ** (-0.5), "epsilon": self.epsilon}
+        )(
             whole[:, : self.shape.heads],
-            whole[:, self.shape.heads : keys_end],
-            whole[:, keys_end:],
+            repeated(whole[:, self.shape.heads : keys_end], self.memory),
+            repeated(whole[:, keys_end:], self.memory),
             None,
             weights,
             rotary,
             pages,
             self.place.layer,
             batch,
-            scale=self.shape.width**-0.5,
-            epsilon=self.epsilon,
         )
+        out = out.reshape(-1, self.shape.heads, self.shape.width)
         return self.output(out), cache.updated(self.place, (pages,))
 
 
@@ -270,25 +278,24 @@ def _lightning_rows(config: Config, ours: str, theirs: str) -> list[Weight]:
     return [
         weight(f"{ours}.query_key_value.kernel", f"{theirs}.query_key_value.weight", "(c h k) d -> d c h k"),
         weight(f"{ours}.gate.kernel", f"{theirs}.g_proj.weight", "v d -> d v"),
-        weight(f"{ours}.output_norm.scale", f"{theirs}.g_norm.weight", "v -> v"),
-        *_shared_rows(config, ours, theirs),
+        weight(f"{ours}.output_norm", f"{theirs}.g_norm.weight", "(g v) -> g v"),
+        weight(f"{ours}.output.kernel", f"{theirs}.dense.weight", "d v -> v d"),
+        *_norm_rows(config, ours, theirs),
     ]
 
 
 def _attention_rows(config: Config, ours: str, theirs: str) -> list[Weight]:
     return [
         weight(f"{ours}.query_key_value.kernel", f"{theirs}.query_key_value.weight", "(h k) d -> d h k"),
-        *_shared_rows(config, ours, theirs),
+        weight(f"{ours}.output.kernel", f"{theirs}.dense.weight", "d (h k) -> h k d"),
+        *_norm_rows(config, ours, theirs),
     ]
 
 
-def _shared_rows(config: Config, ours: str, theirs: str) -> list[Weight]:
-    """Rows that both kinds of layers have."""
-    rows = [weight(f"{ours}.output.kernel", f"{theirs}.dense.weight", "d v -> v d")]
-    if config.query_key_norm:
-        for part in ("query", "key"):
-            rows.append(weight(f"{ours}.{part}_norm.scale", f"{theirs}.{part}_layernorm.weight", "k -> k"))
-    return rows
+def _norm_rows(config: Config, ours: str, theirs: str) -> list[Weight]:
+    """Rows of the norms of queries and keys, which both kinds of layers have or lack."""
+    parts = ("query", "key") if config.query_key_norm else ()
+    return [weight(f"{ours}.{part}_norm.scale", f"{theirs}.{part}_layernorm.weight", "k -> k") for part in parts]
 
 
 def _moe_rows(config: Config, ours: str, theirs: str) -> list[Weight]:

@@ -249,7 +249,7 @@ def _lightning_rows(config: Config, ours: str, theirs: str) -> list[Weight]:
         ),
         weight(f"{ours}.mixer.gate.kernel", f"{theirs}.attention.g_proj.weight", "v d -> d v"),
         weight(f"{ours}.mixer.output.kernel", f"{theirs}.attention.dense.weight", "d v -> v d"),
-        weight(f"{ours}.mixer.output_norm.scale", f"{theirs}.attention.g_norm.weight", "v -> v"),
+        weight(f"{ours}.mixer.output_norm", f"{theirs}.attention.g_norm.weight", "(g v) -> g v"),
     ]
     if config.query_key_norm:
         for part in ("query", "key"):

@@ -248,7 +248,7 @@ class _Parts:
 
     def _gate(self) -> Linear:
         shape = self.config.delta
-        axes = ("model", "heads", None)
+        axes = ("model", "delta_heads", None)
         return Linear(self.rngs, (self.config.width,), (shape.heads, shape.width), axes, self.dtype)
 
     def _latent(self) -> LatentAttention:

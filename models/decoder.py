@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.op import Cache, Memory, Place, RaggedBatch, assign_places, token_positions
 from kernels_pallas.rotary import Rotary, rotary_tables
+from models.division import Divisible, Division
 from models.layers import Embedding, Head, Linear, RMSNorm
 
 TARGET, DRAFT = "target", "draft"
@@ -106,7 +107,7 @@ class Draft(nnx.Module):
         return self.norm(x), cache
 
 
-class Decoder(nnx.Module):
+class Decoder(Divisible):
     """A hybrid decoder. `frequencies` are the rotary frequencies of all its layers, None for one without positions."""
 
     def __init__(
@@ -126,6 +127,20 @@ class Decoder(nnx.Module):
         self.draft = draft
         self.frequencies = frequencies
         self.magnitude = magnitude
+        self._assign_places()
+
+    def divide(self, division: Division) -> None:
+        """Bind a division to all parts of the model."""
+        super().divide(division)
+        for _, module in nnx.iter_modules(self):
+            match module:
+                case Decoder():
+                    pass
+                case Divisible():
+                    module.divide(division)
+        self._assign_places()
+
+    def _assign_places(self) -> None:
         mixers = [mixer for _, _, mixer in self._mixers()]
         self.specs, places = assign_places([mixer.memory for mixer in mixers])
         for mixer, place in zip(mixers, places, strict=True):
@@ -157,7 +172,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B Y"]:
         """Scores of the next token from hidden states after the final norm, float32."""
-        return self.embedding.transposed(hidden) if self.head is None else self.head(hidden)
+        return self.division.gathered(self.embedding.transposed(hidden) if self.head is None else self.head(hidden))
 
     @property
     def logits_width(self) -> int:

@@ -17,6 +17,7 @@ from kernels_pallas.op import ArraySpec, Cache, Memory, Place, RaggedBatch, Stat
 from kernels_pallas.rotary import Rotary
 from models.attention import LatentAttention, LatentShape
 from models.decoder import Decoder, Layer
+from models.division import Divisible
 from models.hf_fields import MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Fields
 from models.layers import MLP, Axes, Embedding, Head, Linear, RMSNorm, matrix, vector
 from models.moe import BiasedRouter, Experts, GroupedSigmoid, MoE, SharedExpert
@@ -147,7 +148,7 @@ class LowRank(nnx.Module):
         return self.up(self.down(x))
 
 
-class DeltaAttention(nnx.Module):
+class DeltaAttention(Divisible):
     """Kimi delta attention between its projections.
 
     `decay_gate` and `output_gate` project to `[T, H, K]`, each in the way of its family; `decay` makes a log decay of
@@ -168,21 +169,23 @@ class DeltaAttention(nnx.Module):
         dtype: str,
         backend: str,
     ):
-        heads, inner, axes = (shape.heads, shape.width), shape.heads * shape.width, ("heads", None)
-        self.query_key_value = Linear(rngs, (width,), (3, *heads), ("model", None, *axes), dtype)
-        self.update_gate = Linear(rngs, (width,), (shape.heads,), ("model", "heads"), dtype)
+        heads, inner, axes = (shape.heads, shape.width), shape.heads * shape.width, ("delta_heads", None)
+        mixed = (shape.heads, 3, shape.width)
+        self.query_key_value = Linear(rngs, (width,), mixed, ("model", "delta_heads", None, None), dtype)
+        self.update_gate = Linear(rngs, (width,), (shape.heads,), ("model", "delta_heads"), dtype)
         self.decay_gate = decay_gate
         self.output_gate = output_gate
-        kernel = (shape.convolution, 3, *heads)
-        self.convolution = matrix(rngs, kernel, (None, None, *axes), shape.convolution, "float32")
-        self.decay_log = vector(0.0, (shape.heads,), ("heads",))
+        kernel = (shape.convolution, *mixed)
+        self.convolution = matrix(rngs, kernel, (None, "delta_heads", None, None), shape.convolution, "float32")
+        self.decay_log = vector(0.0, (shape.heads,), ("delta_heads",))
         self.decay_bias = vector(1.0, heads, axes)
         self.output_norm = RMSNorm(shape.width, epsilon)
-        self.output = Linear(rngs, (inner,), (width,), ("heads", "model"), dtype)
+        self.output = Linear(rngs, (inner,), (width,), ("delta_heads", "model"), dtype)
         self.decay = decay
         self.epsilon = epsilon
-        state = ArraySpec("state", (shape.heads, shape.width, shape.width), "float32")
-        self.memory: Memory = StateSpec((state, ArraySpec("tail", (shape.convolution - 1, 3 * inner), dtype)))
+        state = ArraySpec("state", (shape.heads, shape.width, shape.width), "float32", (*axes, None))
+        tail = ArraySpec("tail", (shape.convolution - 1, 3 * inner), dtype, (None, "delta_heads"))
+        self.memory: Memory = StateSpec((state, tail))
         self.place = Place(0, 0)
         self.backend = KDA.choose(backend, self.memory, dtype)
 
@@ -194,7 +197,7 @@ class DeltaAttention(nnx.Module):
             kernel.reshape(kernel.shape[0], -1), self.decay_log[...], self.decay_bias[...], self.output_norm.weight
         )
         state, tail = cache.slots(self.place)
-        out, state, tail = KDA.on(self.backend)(
+        out, state, tail = self.division.op(KDA, self.backend, {"decay": self.decay, "epsilon": self.epsilon})(
             self.query_key_value(x).reshape(x.shape[0], -1),
             self.decay_gate(x),
             self.update_gate(x),
@@ -204,8 +207,6 @@ class DeltaAttention(nnx.Module):
             tail,
             self.place.layer,
             batch,
-            decay=self.decay,
-            epsilon=self.epsilon,
         )
         return self.output(out), cache.updated(self.place, (state, tail))
 
@@ -256,7 +257,7 @@ class _Parts:
     def _gate(self) -> LowRank:
         shape = self.config.delta
         outputs = (shape.heads, shape.width)
-        return LowRank(self.rngs, self.config.width, shape.width, outputs, ("heads", None), self.dtype)
+        return LowRank(self.rngs, self.config.width, shape.width, outputs, ("delta_heads", None), self.dtype)
 
     def _latent(self) -> LatentAttention:
         shape = self.config.latent
@@ -315,8 +316,8 @@ def delta_rows(ours: str, theirs: str, output: str, decay_log: str) -> list[Weig
     projections = tuple(f"{theirs}.{part}_proj.weight" for part in "qkv")
     convolutions = tuple(f"{theirs}.{part}_conv1d.weight" for part in "qkv")
     return [
-        Weight(f"{ours}.query_key_value.kernel", (Source(projections, "c (h k) d -> d c h k", (3,)),)),
-        Weight(f"{ours}.convolution", (Source(convolutions, "c (h k) 1 w -> w c h k", (3,)),)),
+        Weight(f"{ours}.query_key_value.kernel", (Source(projections, "c (h k) d -> d h c k", (3,)),)),
+        Weight(f"{ours}.convolution", (Source(convolutions, "c (h k) 1 w -> w h c k", (3,)),)),
         weight(f"{ours}.update_gate.kernel", f"{theirs}.b_proj.weight", "h d -> d h"),
         weight(f"{ours}.decay_log", f"{theirs}.A_log", decay_log),
         weight(f"{ours}.decay_bias", f"{theirs}.dt_bias", "(h k) -> h k"),

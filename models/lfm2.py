@@ -16,6 +16,7 @@ from kernels_pallas.rotary import Rotary, frequencies
 from kernels_pallas.short_conv import SHORT_CONV
 from models.attention import GroupedAttention, GroupedShape, NormShape
 from models.decoder import Decoder, Layer, Mixer
+from models.division import Divisible
 from models.hf_fields import LARGEST_WHOLE, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Fields, check_multiple
 from models.layers import MLP, Embedding, Head, Linear, RMSNorm, matrix
 from models.moe import BiasedRouter, Choice, Experts, RoutedExperts
@@ -177,16 +178,17 @@ def _read_tied(f: Fields) -> bool:
     return tied
 
 
-class ShortConvolution(nnx.Module):
+class ShortConvolution(Divisible):
     """A causal depthwise convolution between two gates."""
 
     kind = SHORT_CONV.name
 
     def __init__(self, rngs: nnx.Rngs, width: int, convolution: int, dtype: str, backend: str):
-        self.mixed = Linear(rngs, (width,), (3, width), ("model", None, "heads"), dtype)
-        self.convolution = matrix(rngs, (convolution, width), (None, "heads"), convolution, "float32")
-        self.output = Linear(rngs, (width,), (width,), ("heads", "model"), dtype)
-        self.memory: Memory = StateSpec((ArraySpec("tail", (convolution - 1, width), dtype),))
+        axes = (None, "convolution_channels")
+        self.mixed = Linear(rngs, (width,), (3, width), ("model", None, "convolution_channels"), dtype)
+        self.convolution = matrix(rngs, (convolution, width), axes, convolution, "float32")
+        self.output = Linear(rngs, (width,), (width,), ("convolution_channels", "model"), dtype)
+        self.memory: Memory = StateSpec((ArraySpec("tail", (convolution - 1, width), dtype, axes),))
         self.place = Place(0, 0)
         self.backend = SHORT_CONV.choose(backend, self.memory, dtype)
 
@@ -195,7 +197,9 @@ class ShortConvolution(nnx.Module):
     ) -> tuple[Float[Array, "T D"], Cache]:
         (pool,) = cache.slots(self.place)
         layer = self.place.layer
-        out, pool = SHORT_CONV.on(self.backend)(self.mixed(x), self.convolution[...], pool, layer, batch)
+        out, pool = self.division.op(SHORT_CONV, self.backend, {})(
+            self.mixed(x), self.convolution[...], pool, layer, batch
+        )
         return self.output(out), cache.updated(self.place, (pool,))
 
 

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 from kernels_pallas.lightning import LIGHTNING, LightningWeights
 from kernels_pallas.op import ArraySpec, Cache, Memory, Place, RaggedBatch, StateSpec
 from kernels_pallas.rotary import Rotary
-from models.layers import Linear, RMSNorm
+from models.division import Divisible
+from models.layers import Linear, RMSNorm, vector
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class LightningShape:
     rotated: bool
 
 
-class LightningAttention(nnx.Module):
+class LightningAttention(Divisible):
     """Lightning attention with an output norm and a sigmoid output gate. `slopes`: the decay rate of each head."""
 
     kind = LIGHTNING.name
@@ -45,16 +46,17 @@ class LightningAttention(nnx.Module):
     ):
         inner = shape.heads * shape.width
         outputs = (3, shape.heads, shape.width)
-        self.query_key_value = Linear(rngs, (width,), outputs, ("model", None, "heads", None), dtype)
-        self.gate = Linear(rngs, (width,), (inner,), ("model", "heads"), dtype)
-        self.output = Linear(rngs, (inner,), (width,), ("heads", "model"), dtype)
-        self.output_norm = RMSNorm(inner, shape.epsilon, axis="heads")
+        self.query_key_value = Linear(rngs, (width,), outputs, ("model", None, "linear_heads", None), dtype)
+        self.gate = Linear(rngs, (width,), (inner,), ("model", "linear_heads"), dtype)
+        self.output = Linear(rngs, (inner,), (width,), ("linear_heads", "model"), dtype)
+        self.output_norm = vector(1.0, (shape.groups, inner // shape.groups), ("norm_groups", None))
         if shape.normed:
             self.query_norm = RMSNorm(shape.width, shape.epsilon)
             self.key_norm = RMSNorm(shape.width, shape.epsilon)
         self.shape = shape
         self.slopes = slopes
-        state = ArraySpec("state", (shape.heads, shape.width, shape.width), "float32")
+        axes = ("linear_heads", None, None)
+        state = ArraySpec("state", (shape.heads, shape.width, shape.width), "float32", axes)
         self.memory: Memory = StateSpec((state,))
         self.place = Place(0, 0)
         self.backend = LIGHTNING.choose(backend, self.memory, dtype)
@@ -65,12 +67,16 @@ class LightningAttention(nnx.Module):
         shape = self.shape
         weights = LightningWeights(
             jnp.asarray(self.slopes, jnp.float32),
-            self.output_norm.weight,
+            self.output_norm[...].reshape(-1),
             self.query_norm.weight if shape.normed else None,
             self.key_norm.weight if shape.normed else None,
         )
         (pool,) = cache.slots(self.place)
-        out, pool = LIGHTNING.on(self.backend)(
+        out, pool = self.division.op(
+            LIGHTNING,
+            self.backend,
+            {"scale": shape.scale, "groups": shape.groups, "epsilon": shape.epsilon, "silu": shape.silu},
+        )(
             self.query_key_value(x),
             self.gate(x),
             weights,
@@ -78,10 +84,6 @@ class LightningAttention(nnx.Module):
             pool,
             self.place.layer,
             batch,
-            scale=shape.scale,
-            groups=shape.groups,
-            epsilon=shape.epsilon,
-            silu=shape.silu,
         )
         return self.output(out), cache.updated(self.place, (pool,))
 

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float
 from kernels_pallas.mamba2 import MAMBA2, Mamba2Weights
 from kernels_pallas.op import ArraySpec, Cache, Memory, Place, RaggedBatch, StateSpec
 from kernels_pallas.rotary import Rotary
+from models.division import Divisible
 from models.hf_fields import MOST_HEADS, Fields, is_finite
 from models.layers import Linear, RMSNorm, matrix, vector
-from models.weights import Weight, weight
+from models.weights import Source, Weight, weight
 
 LARGEST = float(np.finfo(np.float32).max)
 # They shape random weights or choose among equal algorithms.
@@ -49,14 +50,14 @@ class Mamba2Shape:
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """Channels of the input projection: gate, x, B, C, step."""
-        shared = self.groups * self.state_width
-        return self.inner, self.inner, shared, shared, self.heads
+        """Channels of a group in the input projection: gate and x of its heads, B, C, steps of its heads."""
+        each = self.inner // self.groups
+        return each, each, self.state_width, self.state_width, self.heads // self.groups
 
     @property
-    def channels(self) -> int:
-        """Channels of the convolution: x, B, C."""
-        return sum(self.parts[1:4])
+    def channels(self) -> tuple[int, int]:
+        """Channels of the convolution (x, B, C), by group: groups, channels of each."""
+        return self.groups, sum(self.parts[1:4])
 
 
 def read_step_limit(f: Fields) -> tuple[float, float]:
@@ -96,7 +97,7 @@ def read_mamba2(f: Fields, inner: int, normed: bool, norm_first: bool) -> Mamba2
     )
 
 
-class Mamba2Mixer(nnx.Module):
+class Mamba2Mixer(Divisible):
     """Mamba2: projections around the op.
 
     `factors`: None, or the constants that scale the five parts of the input projection (gate, x, B, C, step).
@@ -114,19 +115,21 @@ class Mamba2Mixer(nnx.Module):
         backend: str,
         factors: tuple[float, ...] | None = None,
     ):
-        self.input = Linear(rngs, (width,), (sum(shape.parts),), ("model", "mamba2_channels"), dtype)
-        kernel = (shape.convolution, shape.channels)
-        self.convolution = matrix(rngs, kernel, (None, "mamba2_channels"), shape.convolution, "float32")
-        self.convolution_bias = vector(0.0, (shape.channels,), ("mamba2_channels",))
-        self.decay_log = vector(0.0, (shape.heads,), ("heads",))
-        self.step_bias = vector(1.0, (shape.heads,), ("heads",))
-        self.skip = vector(1.0, (shape.heads,), ("heads",))
+        projected, axes = (shape.groups, sum(shape.parts)), ("state_groups", None)
+        self.input = Linear(rngs, (width,), projected, ("model", *axes), dtype)
+        kernel = (shape.convolution, *shape.channels)
+        self.convolution = matrix(rngs, kernel, (None, *axes), shape.convolution, "float32")
+        self.convolution_bias = vector(0.0, shape.channels, axes)
+        self.decay_log = vector(0.0, (shape.heads,), ("state_groups",))
+        self.step_bias = vector(1.0, (shape.heads,), ("state_groups",))
+        self.skip = vector(1.0, (shape.heads,), ("state_groups",))
         if shape.normed:
-            self.output_norm = RMSNorm(shape.inner, epsilon, axis="heads")
-        self.output = Linear(rngs, (shape.inner,), (width,), ("heads", "model"), dtype)
+            self.output_norm = RMSNorm(shape.inner, epsilon, axis="state_groups")
+        self.output = Linear(rngs, (shape.inner,), (width,), ("state_groups", "model"), dtype)
         self.shape, self.epsilon, self.factors = shape, epsilon, factors
-        state = ArraySpec("state", (shape.heads, shape.width, shape.state_width), "float32")
-        self.memory: Memory = StateSpec((state, ArraySpec("tail", (shape.convolution - 1, shape.channels), dtype)))
+        state = ArraySpec("state", (shape.heads, shape.width, shape.state_width), "float32", (*axes, None))
+        tail = (shape.convolution - 1, math.prod(shape.channels))
+        self.memory: Memory = StateSpec((state, ArraySpec("tail", tail, dtype, (None, "state_groups"))))
         self.place = Place(0, 0)
         self.backend = MAMBA2.choose(backend, self.memory, dtype)
 
@@ -134,34 +137,32 @@ class Mamba2Mixer(nnx.Module):
         self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
     ) -> tuple[Float[Array, "T D"], Cache]:
         shape = self.shape
-        z, mixed, step = jnp.split(self._projected(x), [shape.inner, shape.inner + shape.channels], axis=1)
+        ends = [shape.parts[0], sum(shape.parts[:4])]
+        z, mixed, step = (part.reshape(x.shape[0], -1) for part in jnp.split(self._projected(x), ends, axis=2))
         state, tail = cache.slots(self.place)
-        out, state, tail = MAMBA2.on(self.backend)(
-            z,
-            mixed,
-            step,
-            self._weights(),
-            state,
-            tail,
-            self.place.layer,
-            batch,
-            groups=shape.groups,
-            epsilon=self.epsilon,
-            norm_first=shape.norm_first,
-            step_limit=shape.step_limit,
-        )
+        out, state, tail = self.division.op(
+            MAMBA2,
+            self.backend,
+            {
+                "groups": shape.groups,
+                "epsilon": self.epsilon,
+                "norm_first": shape.norm_first,
+                "step_limit": shape.step_limit,
+            },
+        )(z, mixed, step, self._weights(), state, tail, self.place.layer, batch)
         return self.output(out), cache.updated(self.place, (state, tail))
 
-    def _projected(self, x: Float[Array, "T D"]) -> Float[Array, "T c"]:
+    def _projected(self, x: Float[Array, "T D"]) -> Float[Array, "T G c"]:
         projected = self.input(x)
         if self.factors is None:
             return projected
-        return projected * jnp.asarray(np.repeat(self.factors, self.shape.parts), projected.dtype)[None, :]
+        return projected * jnp.asarray(np.repeat(self.factors, self.shape.parts), projected.dtype)[None, None, :]
 
     def _weights(self) -> Mamba2Weights:
+        kernel = self.convolution[...]
         return Mamba2Weights(
-            self.convolution[...],
-            self.convolution_bias[...],
+            kernel.reshape(kernel.shape[0], -1),
+            self.convolution_bias[...].reshape(-1),
             self.decay_log[...],
             self.step_bias[...],
             self.skip[...],
@@ -171,10 +172,11 @@ class Mamba2Mixer(nnx.Module):
 
 def mamba2_rows(shape: Mamba2Shape, ours: str, theirs: str) -> list[Weight]:
     """Rows of a Mamba2 mixer."""
+    mixed = shape.parts[1:4]
     rows = [
-        weight(f"{ours}.input.kernel", f"{theirs}.in_proj.weight", "c d -> d c"),
-        weight(f"{ours}.convolution", f"{theirs}.conv1d.weight", "c 1 w -> w c"),
-        weight(f"{ours}.convolution_bias", f"{theirs}.conv1d.bias", "c -> c"),
+        Weight(f"{ours}.input.kernel", (Source((f"{theirs}.in_proj.weight",), "(g p) d -> d g p", dealt=shape.parts),)),
+        Weight(f"{ours}.convolution", (Source((f"{theirs}.conv1d.weight",), "(g p) 1 w -> w g p", dealt=mixed),)),
+        Weight(f"{ours}.convolution_bias", (Source((f"{theirs}.conv1d.bias",), "(g p) -> g p", dealt=mixed),)),
         weight(f"{ours}.decay_log", f"{theirs}.A_log", "h -> h"),
         weight(f"{ours}.step_bias", f"{theirs}.dt_bias", "h -> h"),
         weight(f"{ours}.skip", f"{theirs}.D", "h -> h"),

@@ -235,7 +235,7 @@ def _lightning_rows(ours: str, theirs: str) -> list[Weight]:
         weight(f"{ours}.query_key_value.kernel", f"{theirs}.qkv_proj.weight", "(h c k) d -> d c h k"),
         weight(f"{ours}.gate.kernel", f"{theirs}.output_gate.weight", "v d -> d v"),
         weight(f"{ours}.output.kernel", f"{theirs}.out_proj.weight", "d v -> v d"),
-        weight(f"{ours}.output_norm.scale", f"{theirs}.norm.weight", "v -> v"),
+        weight(f"{ours}.output_norm", f"{theirs}.norm.weight", "(g v) -> g v"),
     ]
 
 

@@ -6,12 +6,14 @@ Letters: T tokens, D model width, E experts, k experts a token, F expert width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from models.division import Divisible, Part
 from models.layers import MLP, Axes, Tally, matrix, swiglu
 
 Choice = tuple[Int[Array, "T k"], Float[Array, "T k"]]
@@ -111,11 +113,57 @@ class Experts(nnx.Module):
         self.activate = activate
 
     def __call__(self, x: Float[Array, "T D"], experts: Int[Array, "T k"], weights: Float[Array, "T k"]) -> Array:
-        gate_up, down = self.gate_up[...], self.down[...]
-        few = experts.size < gate_up.shape[0]  # gathering reads a kernel per choice, grouping reads every kernel
-        compute = gathered_experts if few else grouped_experts
-        out = compute(x, experts, gate_up, down, self.activate)
-        return jnp.einsum("tkd,tk->td", out.astype(jnp.float32), weights).astype(x.dtype)
+        return all_experts(x, experts, weights, self.gate_up[...], self.down[...], self.activate)
+
+    def partial(
+        self, x: Float[Array, "T D"], experts: Int[Array, "T k"], weights: Float[Array, "T k"], part: Part
+    ) -> Float[Array, "T D"]:
+        """What share number `part` of the experts adds."""
+        return some_experts(x, experts, weights, self.gate_up[...], self.down[...], self.activate, part)
+
+
+def all_experts(
+    x: Array, experts: Array, weights: Array, gate_up: Array, down: Array, activate: Activation
+) -> Float[Array, "T D"]:
+    """The weighted sum of each token's experts."""
+    few = experts.size < gate_up.shape[0]  # gathering reads a kernel per choice, grouping reads every kernel
+    compute = gathered_experts if few else grouped_experts
+    out = compute(x, experts, gate_up, down, activate)
+    return jnp.einsum("tkd,tk->td", out.astype(jnp.float32), weights).astype(x.dtype)
+
+
+def some_experts(
+    x: Array, experts: Array, weights: Array, gate_up: Array, down: Array, activate: Activation, part: Part
+) -> Float[Array, "T D"]:
+    """What the experts of one share add to `all_experts`; `gate_up` and `down` are theirs.
+
+    Looping reads a kernel per choice that falls into the share, and waits for each; grouping reads every kernel.
+    """
+    count = gate_up.shape[0]
+    own = experts - part * count
+    mine = (own >= 0) & (own < count)
+    own = jnp.where(mine, own, count)
+    compute = looped_experts if experts.size < count else grouped_experts
+    out = jnp.where(mine[:, :, None], compute(x, own, gate_up, down, activate), 0).astype(jnp.float32)
+    return jnp.einsum("tkd,tk->td", out, weights).astype(x.dtype)
+
+
+def looped_experts(
+    x: Array, experts: Int[Array, "T k"], gate_up: Array, down: Array, activate: Activation
+) -> Float[Array, "T k D"]:
+    """The outputs of each token's experts, zeros for an expert out of range: for few tokens, of which few are here."""
+    flat = experts.reshape(-1)
+    here = flat < gate_up.shape[0]
+    order = jnp.argsort(~here, stable=True)
+
+    def one(index: Array, out: Array) -> Array:
+        choice = order[index]
+        expert = flat[choice]
+        inner = activate(jnp.einsum("d,dcf->cf", x[choice // experts.shape[1]], gate_up[expert])[None])
+        return out.at[choice].set(inner[0] @ down[expert])
+
+    out = jax.lax.fori_loop(0, jnp.sum(here), one, jnp.zeros((len(flat), x.shape[1]), x.dtype))
+    return out.reshape(*experts.shape, -1)
 
 
 def gathered_experts(
@@ -164,26 +212,50 @@ class GatedSharedExpert(nnx.Module):
         return (self.mlp(x).astype(jnp.float32) * share[:, None]).astype(x.dtype)
 
 
-class MoE(nnx.Module):
-    """Routed experts plus a shared one."""
+class SomeExperts(Protocol):
+    """Experts, all of them or a share."""
 
-    def __init__(
-        self, router: Callable[[Array], Choice], experts: Callable[..., Array], shared: Callable[[Array], Array]
-    ):
+    def __call__(self, x: Array, experts: Array, weights: Array) -> Float[Array, "T D"]:
+        """The weighted sum of each token's experts."""
+
+    def partial(self, x: Array, experts: Array, weights: Array, part: Part) -> Float[Array, "T D"]:
+        """What a share of the experts adds to it."""
+
+
+class MoE(Divisible):
+    """Routed experts plus a shared one, whose result is a sum over its inner channels."""
+
+    def __init__(self, router: Callable[[Array], Choice], experts: SomeExperts, shared: Callable[[Array], Array]):
         self.router = router
         self.experts = experts
         self.shared = shared
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        return self.division.total(self, x)
+
+    def whole(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """All experts."""
         return self.experts(x, *self.router(x)) + self.shared(x)
 
+    def partial(self, x: Float[Array, "T D"], part: Part) -> Float[Array, "T D"]:
+        """What a share of the experts and of the shared expert's inner channels adds."""
+        return self.experts.partial(x, *self.router(x), part) + self.shared(x)
 
-class RoutedExperts(nnx.Module):
+
+class RoutedExperts(Divisible):
     """Routed experts without a shared one."""
 
-    def __init__(self, router: Callable[[Array], Choice], experts: Experts):
+    def __init__(self, router: Callable[[Array], Choice], experts: SomeExperts):
         self.router = router
         self.experts = experts
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        return self.division.total(self, x)
+
+    def whole(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """All experts."""
         return self.experts(x, *self.router(x))
+
+    def partial(self, x: Float[Array, "T D"], part: Part) -> Float[Array, "T D"]:
+        """What a share of the experts adds."""
+        return self.experts.partial(x, *self.router(x), part)

@@ -7,17 +7,17 @@ Layers of the delta rule norm the input of each branch, layers of softmax attent
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from kernels_pallas.gdn import GDN
 from kernels_pallas.gqa import GQA, GQAWeights
-from kernels_pallas.op import ArraySpec, Cache, KVSpec, Memory, Place, RaggedBatch
+from kernels_pallas.op import Cache, Memory, Place, RaggedBatch
 from kernels_pallas.rotary import Rotary, frequencies
-from models.attention import GroupedShape
+from models.attention import GroupedShape, kept_heads, repeated
 from models.decoder import Decoder, Layer, Mixer
 from models.delta import DeltaCore, DeltaShape
+from models.division import Divisible, Division
 from models.hf_fields import MOST_HEADS, MOST_LAYERS, Fields, check_multiple
 from models.layers import MLP, Embedding, Head, Linear, RMSNorm
 from models.qwen3_5 import FULL, LINEAR
@@ -109,18 +109,16 @@ def _read_theta(f: Fields) -> float | None:
 
 
 class SplitDeltaAttention(nnx.Module):
-    """Gated delta rule whose queries, keys and values have projections of their own."""
+    """Gated delta rule whose queries, keys and values are published as projections and convolutions of their own."""
 
     kind = GDN.name
 
     def __init__(self, rngs: nnx.Rngs, width: int, shape: DeltaShape, beta_scale: float, dtype: str, backend: str):
-        heads, keys, values = shape.heads, shape.key_heads * shape.key_width, shape.heads * shape.value_width
-        self.query = Linear(rngs, (width,), (keys,), ("model", "delta_channels"), dtype)
-        self.key = Linear(rngs, (width,), (keys,), ("model", "delta_channels"), dtype)
-        self.value = Linear(rngs, (width,), (values,), ("model", "delta_channels"), dtype)
-        self.z = Linear(rngs, (width,), (heads, shape.value_width), ("model", "heads", None), dtype)
-        self.b = Linear(rngs, (width,), (heads,), ("model", "heads"), dtype)
-        self.a = Linear(rngs, (width,), (heads,), ("model", "heads"), dtype)
+        heads = shape.heads
+        self.mixed = Linear(rngs, (width,), shape.channels, ("model", "delta_heads", None), dtype)
+        self.z = Linear(rngs, (width,), (heads, shape.value_width), ("model", "delta_heads", None), dtype)
+        self.b = Linear(rngs, (width,), (heads,), ("model", "delta_heads"), dtype)
+        self.a = Linear(rngs, (width,), (heads,), ("model", "delta_heads"), dtype)
         self.core = DeltaCore(rngs, width, shape, DELTA_EPSILON, dtype, backend, beta_scale)
         self.memory = self.core.memory
         self.place = Place(0, 0)
@@ -129,11 +127,10 @@ class SplitDeltaAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
     ) -> tuple[Float[Array, "T D"], Cache]:
-        mixed = jnp.concatenate([self.query(x), self.key(x), self.value(x)], axis=1)
-        return self.core(mixed, self.z(x), self.b(x), self.a(x), self.place, cache, batch)
+        return self.core(self.mixed(x), self.z(x), self.b(x), self.a(x), self.place, cache, batch)
 
 
-class JointNormAttention(nnx.Module):
+class JointNormAttention(Divisible):
     """GQA whose queries are normed over all heads together, and so are its keys. `rotated`: rotary on half pairs."""
 
     kind = GQA.name
@@ -142,38 +139,48 @@ class JointNormAttention(nnx.Module):
         self, rngs: nnx.Rngs, width: int, shape: GroupedShape, epsilon: float, rotated: bool, dtype: str, backend: str
     ):
         queries, keys = shape.heads * shape.width, shape.key_heads * shape.width
-        self.query = Linear(rngs, (width,), (queries,), ("model", "heads"), dtype)
-        self.key = Linear(rngs, (width,), (keys,), ("model", "kv_heads"), dtype)
-        self.value = Linear(rngs, (width,), (keys,), ("model", "kv_heads"), dtype)
+        kept = (shape.key_heads, shape.width)
+        self.query = Linear(rngs, (width,), (shape.heads, shape.width), ("model", "heads", None), dtype)
+        self.key = Linear(rngs, (width,), kept, ("model", "kv_heads", None), dtype)
+        self.value = Linear(rngs, (width,), kept, ("model", "kv_heads", None), dtype)
         self.query_norm = RMSNorm(queries, epsilon, axis="heads")
         self.key_norm = RMSNorm(keys, epsilon, axis="kv_heads")
         self.output = Linear(rngs, (queries,), (width,), ("heads", "model"), dtype)
         self.shape = shape
         self.epsilon = epsilon
         self.rotated = rotated
-        self.memory: Memory = KVSpec((ArraySpec("kv", (2, shape.key_heads, shape.width), dtype),))
+        self.dtype = dtype
+        self.memory: Memory = kept_heads(shape.key_heads, shape.width, dtype)
         self.place = Place(0, 0)
         self.backend = GQA.choose(backend, self.memory, dtype)
+
+    def divide(self, division: Division) -> None:
+        """Bind a division; keys and values are repeated where there are more devices than heads of them."""
+        super().divide(division)
+        self.memory = kept_heads(division.key_heads(self.shape.key_heads), self.shape.width, self.dtype)
 
     def __call__(
         self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
     ) -> tuple[Float[Array, "T D"], Cache]:
-        keys = (x.shape[0], self.shape.key_heads, self.shape.width)
         (pages,) = cache.pages(self.place)
-        out, pages = GQA.on(self.backend)(
-            self.query_norm(self.query(x)).reshape(x.shape[0], self.shape.heads, self.shape.width),
-            self.key_norm(self.key(x)).reshape(keys),
-            self.value(x).reshape(keys),
+        out, pages = self.division.op(
+            GQA, self.backend, {"scale": self.shape.width ** (-0.5), "epsilon": self.epsilon}
+        )(
+            _normed(self.query_norm, self.query(x)),
+            repeated(_normed(self.key_norm, self.key(x)), self.memory),
+            repeated(self.value(x), self.memory),
             None,
             GQAWeights(),
             rotary if self.rotated else None,
             pages,
             self.place.layer,
             batch,
-            scale=self.shape.width**-0.5,
-            epsilon=self.epsilon,
         )
         return self.output(out), cache.updated(self.place, (pages,))
+
+
+def _normed(norm: RMSNorm, heads: Float[Array, "T H K"]) -> Float[Array, "T H K"]:
+    return norm(heads.reshape(heads.shape[0], -1)).reshape(heads.shape)
 
 
 class OutputNormLayer(nnx.Module):
@@ -267,9 +274,9 @@ def _attention_rows(ours: str, theirs: str) -> list[Weight]:
     return [
         _norm_row(f"{ours}.norm.scale", theirs, "post_attention_layernorm", "feedforward_layer_norm"),
         _norm_row(f"{ours}.feed_forward_norm.scale", theirs, "post_feedforward_layernorm"),
-        weight(f"{mixer}.query.kernel", f"{tensors}.q_proj.weight", "v d -> d v"),
-        weight(f"{mixer}.key.kernel", f"{tensors}.k_proj.weight", "v d -> d v"),
-        weight(f"{mixer}.value.kernel", f"{tensors}.v_proj.weight", "v d -> d v"),
+        weight(f"{mixer}.query.kernel", f"{tensors}.q_proj.weight", "(h k) d -> d h k"),
+        weight(f"{mixer}.key.kernel", f"{tensors}.k_proj.weight", "(g k) d -> d g k"),
+        weight(f"{mixer}.value.kernel", f"{tensors}.v_proj.weight", "(g k) d -> d g k"),
         weight(f"{mixer}.query_norm.scale", f"{tensors}.q_norm.weight", "v -> v"),
         weight(f"{mixer}.key_norm.scale", f"{tensors}.k_norm.weight", "v -> v"),
         weight(f"{mixer}.output.kernel", f"{tensors}.o_proj.weight", "d v -> v d"),
@@ -279,7 +286,9 @@ def _attention_rows(ours: str, theirs: str) -> list[Weight]:
 def _delta_rows(shape: DeltaShape, ours: str, theirs: str) -> list[Weight]:
     mixer, tensors = f"{ours}.mixer", f"{theirs}.linear_attn"
     keys, values = shape.key_heads * shape.key_width, shape.heads * shape.value_width
+    projections = tuple(f"{tensors}.{part}_proj.weight" for part in "qkv")
     convolutions = tuple(f"{tensors}.{part}_conv1d.weight" for part in "qkv")
+    joined, dealt = (keys, keys, values), shape.parts
     return [
         _norm_row(f"{ours}.norm.scale", theirs, "input_layernorm", "attention_layer_norm"),
         _norm_row(f"{ours}.feed_forward_norm.scale", theirs, "post_attention_layernorm", "feedforward_layer_norm"),
@@ -290,8 +299,6 @@ def _delta_rows(shape: DeltaShape, ours: str, theirs: str) -> list[Weight]:
         weight(f"{mixer}.core.decay_bias", f"{tensors}.dt_bias", "h -> h"),
         weight(f"{mixer}.core.output_norm.scale", f"{tensors}.o_norm.weight", "v -> v"),
         weight(f"{mixer}.core.output.kernel", f"{tensors}.o_proj.weight", "d v -> v d"),
-        weight(f"{mixer}.query.kernel", f"{tensors}.q_proj.weight", "c d -> d c"),
-        weight(f"{mixer}.key.kernel", f"{tensors}.k_proj.weight", "c d -> d c"),
-        weight(f"{mixer}.value.kernel", f"{tensors}.v_proj.weight", "c d -> d c"),
-        Weight(f"{mixer}.core.convolution", (Source(convolutions, "c 1 w -> w c", joined=(keys, keys, values)),)),
+        Weight(f"{mixer}.mixed.kernel", (Source(projections, "(g p) d -> d g p", joined=joined, dealt=dealt),)),
+        Weight(f"{mixer}.core.convolution", (Source(convolutions, "(g p) 1 w -> w g p", joined=joined, dealt=dealt),)),
     ]

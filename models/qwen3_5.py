@@ -20,7 +20,7 @@ from models.delta import DeltaCore, DeltaShape, core_rows, read_delta
 from models.hf_fields import MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Fields
 from models.layers import MLP, Embedding, Head, Linear, RMSNorm
 from models.moe import Experts, GatedSharedExpert, MoE, PlainRouter, SoftmaxTopK
-from models.weights import Weight, WeightTable, expert_rows, mlp_rows, trunk_rows, weight
+from models.weights import Source, Weight, WeightTable, expert_rows, mlp_rows, trunk_rows, weight
 
 DENSE = ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM")
 SPARSE = ("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM")
@@ -166,10 +166,10 @@ class DeltaAttention(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, width: int, shape: DeltaShape, epsilon: float, dtype: str, backend: str):
         heads = shape.heads
-        self.mixed = Linear(rngs, (width,), (shape.channels,), ("model", "delta_channels"), dtype)
-        self.z = Linear(rngs, (width,), (heads, shape.value_width), ("model", "heads", None), dtype)
-        self.b = Linear(rngs, (width,), (heads,), ("model", "heads"), dtype)
-        self.a = Linear(rngs, (width,), (heads,), ("model", "heads"), dtype)
+        self.mixed = Linear(rngs, (width,), shape.channels, ("model", "delta_heads", None), dtype)
+        self.z = Linear(rngs, (width,), (heads, shape.value_width), ("model", "delta_heads", None), dtype)
+        self.b = Linear(rngs, (width,), (heads,), ("model", "delta_heads"), dtype)
+        self.a = Linear(rngs, (width,), (heads,), ("model", "delta_heads"), dtype)
         self.core = DeltaCore(rngs, width, shape, epsilon, dtype, backend)
         self.memory = self.core.memory
         self.place = Place(0, 0)
@@ -254,8 +254,7 @@ def canonical(name: str) -> str | None:
 
 
 def _layer_rows(config: Config, kind: str, ours: str, theirs: str) -> list[Weight]:
-    mixer = attention_rows if kind == FULL else _delta_rows
-    sparse = config.sparse
+    sparse, mixer = config.sparse, f"{ours}.mixer"
     feed_forward = (
         mlp_rows(f"{ours}.feed_forward", f"{theirs}.mlp")
         if sparse is None
@@ -264,7 +263,7 @@ def _layer_rows(config: Config, kind: str, ours: str, theirs: str) -> list[Weigh
     return [
         weight(f"{ours}.norm.scale", f"{theirs}.input_layernorm.weight", "d -> d"),
         weight(f"{ours}.feed_forward_norm.scale", f"{theirs}.post_attention_layernorm.weight", "d -> d"),
-        *mixer(f"{ours}.mixer", theirs),
+        *(attention_rows(mixer, theirs) if kind == FULL else _delta_rows(config.delta, mixer, theirs)),
         *feed_forward,
     ]
 
@@ -282,14 +281,15 @@ def attention_rows(ours: str, theirs: str) -> list[Weight]:
     ]
 
 
-def _delta_rows(ours: str, theirs: str) -> list[Weight]:
+def _delta_rows(shape: DeltaShape, ours: str, theirs: str) -> list[Weight]:
     theirs = f"{theirs}.linear_attn"
+    mixed = Source((f"{theirs}.in_proj_qkv.weight",), "(g p) d -> d g p", dealt=shape.parts)
     return [
-        weight(f"{ours}.mixed.kernel", f"{theirs}.in_proj_qkv.weight", "c d -> d c"),
+        Weight(f"{ours}.mixed.kernel", (mixed,)),
         weight(f"{ours}.z.kernel", f"{theirs}.in_proj_z.weight", "(h v) d -> d h v"),
         weight(f"{ours}.b.kernel", f"{theirs}.in_proj_b.weight", "h d -> d h"),
         weight(f"{ours}.a.kernel", f"{theirs}.in_proj_a.weight", "h d -> d h"),
-        *core_rows(f"{ours}.core", theirs),
+        *core_rows(shape, f"{ours}.core", theirs),
     ]
 
 

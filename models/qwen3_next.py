@@ -107,7 +107,7 @@ class PackedDeltaAttention(nnx.Module):
     """Gated delta rule whose projections are packed per key head: `[q | k | v.. | z..]` and `[b.. | a..]`.
 
     The dots stand for the value heads that read the key head. The kernels keep the packed order, so that each is one
-    published tensor; the activations are rearranged.
+    published tensor; it is that of the convolution, too.
     """
 
     kind = GDN.name
@@ -115,8 +115,9 @@ class PackedDeltaAttention(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, width: int, shape: DeltaShape, epsilon: float, dtype: str, backend: str):
         each = shape.heads // shape.key_heads
         packed = 2 * (shape.key_width + each * shape.value_width)
-        self.query_key_value_z = Linear(rngs, (width,), (shape.key_heads, packed), ("model", "heads", None), dtype)
-        self.b_a = Linear(rngs, (width,), (shape.key_heads, 2, each), ("model", "heads", None, None), dtype)
+        axes = ("model", "delta_heads", None)
+        self.query_key_value_z = Linear(rngs, (width,), (shape.key_heads, packed), axes, dtype)
+        self.b_a = Linear(rngs, (width,), (shape.key_heads, 2, each), (*axes, None), dtype)
         self.core = DeltaCore(rngs, width, shape, epsilon, dtype, backend)
         self.shape = shape
         self.memory = self.core.memory
@@ -127,10 +128,7 @@ class PackedDeltaAttention(nnx.Module):
         self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
     ) -> tuple[Float[Array, "T D"], Cache]:
         shape, tokens = self.shape, x.shape[0]
-        values = shape.heads // shape.key_heads * shape.value_width
-        ends = [shape.key_width, 2 * shape.key_width, 2 * shape.key_width + values]
-        q, k, v, z = jnp.split(self.query_key_value_z(x), ends, axis=2)
-        mixed = jnp.concatenate([part.reshape(tokens, -1) for part in (q, k, v)], axis=1)
+        mixed, z = jnp.split(self.query_key_value_z(x), [sum(shape.parts)], axis=2)
         z = z.reshape(tokens, shape.heads, shape.value_width)
         b_a = self.b_a(x)
         b, a = b_a[:, :, 0].reshape(tokens, -1), b_a[:, :, 1].reshape(tokens, -1)
@@ -215,19 +213,19 @@ def _without_draft(name: str) -> str | None:
 
 
 def _layer_rows(config: Config, kind: str, ours: str, theirs: str) -> list[Weight]:
-    mixer = attention_rows if kind == FULL else _delta_rows
+    mixer = f"{ours}.mixer"
     return [
         weight(f"{ours}.norm.scale", f"{theirs}.input_layernorm.weight", "d -> d"),
         weight(f"{ours}.feed_forward_norm.scale", f"{theirs}.post_attention_layernorm.weight", "d -> d"),
-        *mixer(f"{ours}.mixer", theirs),
+        *(attention_rows(mixer, theirs) if kind == FULL else _delta_rows(config.delta, mixer, theirs)),
         *moe_rows(config.sparse, f"{ours}.feed_forward", f"{theirs}.mlp"),
     ]
 
 
-def _delta_rows(ours: str, theirs: str) -> list[Weight]:
+def _delta_rows(shape: DeltaShape, ours: str, theirs: str) -> list[Weight]:
     theirs = f"{theirs}.linear_attn"
     return [
         weight(f"{ours}.query_key_value_z.kernel", f"{theirs}.in_proj_qkvz.weight", "(g p) d -> d g p"),
         weight(f"{ours}.b_a.kernel", f"{theirs}.in_proj_ba.weight", "(g c r) d -> d g c r"),
-        *core_rows(f"{ours}.core", theirs),
+        *core_rows(shape, f"{ours}.core", theirs),
     ]

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from models.division import Part
 from models.layers import Linear, matrix
-from models.moe import gathered_experts, grouped_experts
+from models.moe import all_experts, some_experts
 from models.weights import Source, Weight, weight
 
 
@@ -34,11 +35,17 @@ class SquaredReLUExperts(nnx.Module):
         self.down = matrix(rngs, (experts, inner, width), ("expert", "expert_mlp", "model"), inner, dtype)
 
     def __call__(self, x: Float[Array, "T D"], experts: Int[Array, "T k"], weights: Float[Array, "T k"]) -> Array:
-        up, down = self.up[...][:, :, None, :], self.down[...]
-        few = experts.size < up.shape[0]  # gathering reads a kernel per choice, grouping reads every kernel
-        compute = gathered_experts if few else grouped_experts
-        out = compute(x, experts, up, down, lambda inner: squared_relu(inner[:, 0]))
-        return jnp.einsum("tkd,tk->td", out.astype(jnp.float32), weights).astype(x.dtype)
+        return all_experts(x, experts, weights, self.up[...][:, :, None, :], self.down[...], _activate)
+
+    def partial(
+        self, x: Float[Array, "T D"], experts: Int[Array, "T k"], weights: Float[Array, "T k"], part: Part
+    ) -> Float[Array, "T D"]:
+        """What share number `part` of the experts adds."""
+        return some_experts(x, experts, weights, self.up[...][:, :, None, :], self.down[...], _activate, part)
+
+
+def _activate(inner: Float[Array, "n 1 F"]) -> Float[Array, "n F"]:
+    return squared_relu(inner[:, 0])
 
 
 class LatentExperts(nnx.Module):
@@ -51,6 +58,12 @@ class LatentExperts(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D"], experts: Int[Array, "T k"], weights: Float[Array, "T k"]) -> Array:
         return self.out_of(self.experts(self.into(x), experts, weights))
+
+    def partial(
+        self, x: Float[Array, "T D"], experts: Int[Array, "T k"], weights: Float[Array, "T k"], part: Part
+    ) -> Float[Array, "T D"]:
+        """What share number `part` of the experts adds: both projections are linear."""
+        return self.out_of(self.experts.partial(self.into(x), experts, weights, part))
 
 
 def squared_relu_rows(ours: str, theirs: str) -> list[Weight]:

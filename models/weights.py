@@ -24,17 +24,24 @@ class Source:
 
     Instead of being stacked, tensors may be joined along their first axis: `joined` are their usual lengths there. A
     file may cut the whole elsewhere.
+
+    The first axis, `"(g p)"` in the pattern, may be published part by part, each of all groups g, where ours has group
+    by group, each of all parts: `dealt` are the lengths of the parts of one group. So queries, keys and values of one
+    head lie together, and some of the heads are one range.
     """
 
     names: tuple[str, ...]
     pattern: str
     grid: tuple[int, ...] = ()
     joined: tuple[int, ...] = ()
+    dealt: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         wanted = len(self.joined) or math.prod(self.grid)
         if len(self.names) != wanted or (self.joined and self.grid):
             raise ValueError(f"wanted {wanted} names, stacked on {self.grid} or joined, got {len(self.names)}")
+        if self.dealt and (self.grid or not self.pattern.startswith("(g p) ")):
+            raise ValueError(f"wanted a first axis (g p) to deal {self.dealt} out, got {self.pattern!r} on {self.grid}")
 
     def tensor_shape(self, shape: Sequence[int], index: int = 0) -> tuple[int, ...]:
         """The shape of the published tensor number `index` (without joining all have the same), for our parameter's."""
@@ -51,6 +58,7 @@ class Source:
             if tuple(tensor.shape) != wanted:
                 raise ValueError(f"{name}: wanted shape {wanted}, got {tuple(tensor.shape)}: the config does not fit")
         whole = np.stack(tensors) if self.grid else tensors[0]
+        whole = whole[np.argsort(self._published_order(wanted[0]))] if self.dealt else whole
         flat = [axis for group in left for axis in group]
         whole = whole.reshape([sizes[axis] for axis in flat])
         return whole.transpose([flat.index(axis) for axis in self._right()])
@@ -61,6 +69,8 @@ class Source:
         right, flat = self._right(), [axis for group in left for axis in group]
         wanted = self._whole_shape(parameter.shape)
         whole = np.ascontiguousarray(parameter.transpose([right.index(axis) for axis in flat]))
+        if self.dealt:
+            whole = whole.reshape(wanted)[self._published_order(wanted[0])]
         if self.joined:
             return np.split(whole.reshape(wanted), np.cumsum(self.joined)[:-1])
         return list(whole.reshape((len(self.names), *wanted)))
@@ -71,7 +81,14 @@ class Source:
         whole = tuple(math.prod(sizes[axis] for axis in group) for group in left[len(self.grid) :])  # 1 for no letters
         if self.joined and whole[0] != sum(self.joined):
             raise ValueError(f"wanted parts of {whole[0]}, got {self.joined} of {self.names}")
+        if self.dealt and sizes["p"] != sum(self.dealt):
+            raise ValueError(f"wanted parts of {sizes['p']} a group, got {self.dealt} of {self.names}")
         return whole
+
+    def _published_order(self, length: int) -> np.ndarray:
+        """For each index of the published first axis its index in ours."""
+        ours = np.arange(length).reshape(-1, sum(self.dealt))
+        return np.concatenate([part.reshape(-1) for part in np.split(ours, np.cumsum(self.dealt)[:-1], axis=1)])
 
     def _right(self) -> list[str]:
         return self.pattern.split("->")[1].split()

@@ -26,7 +26,6 @@ from kernels_pallas.linear_decode_gpu import (
     Slabs,
     alike,
     await_state,
-    by_rows,
     check_decode,
     decode,
     dot,
@@ -46,13 +45,13 @@ from kernels_pallas.linear_decode_gpu import (
 )
 from kernels_pallas.norm import L2_EPSILON
 from kernels_pallas.op import RaggedBatch, StateSpec
+from kernels_pallas.rows import by_rows
 
 QUERY, KEY, VALUE = 0, 1, 2  # vectors in shared memory
 
 
 @dataclass(frozen=True)
 class _Settings:
-    key_heads: int
     epsilon: float
     beta_scale: float
 
@@ -85,7 +84,7 @@ def gdn(
             f" and {heads} of {key_heads} key heads; use backend 'xla'"
         )
     inputs = (mixed, z.reshape(z.shape[0], -1), b, a, *_kernel_weights(weights))
-    settings = _Settings(key_heads, epsilon, beta_scale)
+    settings = _Settings(epsilon, beta_scale)
     slabs = Slabs(key_heads, heads // key_heads, WIDTH, warpgroups(batch.rows * heads))
 
     def prefill(pools: tuple[Array, ...], batch: RaggedBatch) -> tuple[Array, tuple[Array, ...]]:
@@ -112,11 +111,8 @@ def _decode_row(settings: _Settings, block: Block, inputs: tuple[Ref, ...], tail
     mixed, z, b, a, convolution, decay_log, decay_bias, output_norm = inputs
     fetch_state(block)
     head, token, tiles = block.slab, block.token, range(block.slabs.tiles)
-    starts = (
-        block.family * WIDTH,
-        (settings.key_heads + block.family) * WIDTH,
-        (2 * settings.key_heads + head) * WIDTH,
-    )
+    first = block.family * (2 + block.slabs.members)
+    starts = (first * WIDTH, (first + 1) * WIDTH, (first + 2 + block.member) * WIDTH)
     owners = (0, block.slabs.members - 1, None)
     windows = tuple(read_window(block, mixed, convolution, tail, *place) for place in zip(starts, owners, strict=True))
     beta = settings.beta_scale * jax.nn.sigmoid(b[token, head].astype(jnp.float32))

@@ -43,7 +43,7 @@ from kernels_pallas.chunks_gpu import (
     streamed,
     tiles,
 )
-from kernels_pallas.gdn.xla import GDNWeights
+from kernels_pallas.gdn.xla import GDNWeights, by_key_head
 from kernels_pallas.mosaic_gpu import interpreter
 from kernels_pallas.norm import l2, rms
 from kernels_pallas.op import RaggedBatch, clear_padding, take
@@ -103,10 +103,8 @@ def gdn_prefill(
     """
     heads, value_width, key_width = state.shape[2:]
     channels, tail = short_conv(mixed, weights.convolution, tail, layer, batch)
-    keys = key_heads * key_width
-    q, k, v = jnp.split(jax.nn.silu(channels), [keys, 2 * keys], axis=1)
-    q = l2(q.reshape(-1, key_heads, key_width)) * key_width**-0.5
-    k = l2(k.reshape(-1, key_heads, key_width))
+    q, k, v = by_key_head(jax.nn.silu(channels), key_heads, key_width)
+    q, k = l2(q) * key_width**-0.5, l2(k)
     beta = beta_scale * jax.nn.sigmoid(b.astype(F32))
     rate = jax.nn.softplus(a.astype(F32) + weights.decay_bias[None, :])
     decay = -jnp.exp(weights.decay_log)[None, :] * rate

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.norm import l2, rms
-from kernels_pallas.op import RaggedBatch, clear_padding
+from kernels_pallas.op import CONSTANT, RaggedBatch, Shares, clear_padding
 from kernels_pallas.recurrence import recur
 from kernels_pallas.short_conv.xla import short_conv
 
@@ -40,6 +40,9 @@ class GDNWeights:
     decay_log: Float[Array, "H"]  # A_log
     decay_bias: Float[Array, "H"]  # dt_bias
     output_norm: Float[Array, "V"]
+
+
+SHARES = Shares("delta_heads", (1, 1, 1, 1, (1, 0, 0, None), 2, 3, CONSTANT, None), (1, 2, 3), ("key_heads",))
 
 
 def gdn(
@@ -60,19 +63,17 @@ def gdn(
     """One gated delta rule layer between its projections.
 
     Args:
-      mixed: projected channels before the convolution: all queries, all keys, all values. z: output gate.
-        b, a: gates of the update and of the decay. epsilon: of the output norm.
+      mixed: projected channels before the convolution, by key head: its query, its key, the values of the H / G value
+        heads that read it. z: output gate. b, a: gates of the update and of the decay. epsilon: of the output norm.
         beta_scale: 2 allows negative eigenvalues.
     Returns the gated output in the dtype of `mixed`, zeros for padding, and both pools.
     """
     heads, value_width, key_width = state.shape[2:]
     channels, tail = short_conv(mixed, weights.convolution, tail, layer, batch)
-    channels = jax.nn.silu(channels)
-    keys = key_heads * key_width
-    q, k, v = jnp.split(channels, [keys, 2 * keys], axis=1)
+    q, k, v = by_key_head(jax.nn.silu(channels), key_heads, key_width)
     each = heads // key_heads
-    q = jnp.repeat(l2(q.reshape(-1, key_heads, key_width)) * key_width**-0.5, each, axis=1)
-    k = jnp.repeat(l2(k.reshape(-1, key_heads, key_width)), each, axis=1)
+    q = jnp.repeat(l2(q) * key_width**-0.5, each, axis=1)
+    k = jnp.repeat(l2(k), each, axis=1)
     beta = beta_scale * jax.nn.sigmoid(b.astype(jnp.float32))
     rate = jax.nn.softplus(a.astype(jnp.float32) + weights.decay_bias[None, :])
     decay = -jnp.exp(weights.decay_log)[None, :] * rate
@@ -81,6 +82,14 @@ def gdn(
     out = rms(out, weights.output_norm, epsilon) * jax.nn.silu(z.astype(jnp.float32))
     out = out.reshape(out.shape[0], -1).astype(mixed.dtype)
     return clear_padding(out, batch), state, tail
+
+
+def by_key_head(
+    channels: Float[Array, "T 2*G*K+H*V"], key_heads: int, key_width: int
+) -> tuple[Float[Array, "T G K"], Float[Array, "T G K"], Float[Array, "T G n"]]:
+    """Queries and keys of each key head, and the values of all heads that read it."""
+    grouped = channels.reshape(channels.shape[0], key_heads, -1)
+    return grouped[:, :, :key_width], grouped[:, :, key_width : 2 * key_width], grouped[:, :, 2 * key_width :]
 
 
 def gdn_step(state: Float[Array, "H V K"], token: tuple[Array, ...]) -> tuple[Array, Array]:

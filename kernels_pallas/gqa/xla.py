@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.attention import attend_rows, causal, masked, softmax
 from kernels_pallas.norm import rms
-from kernels_pallas.op import RaggedBatch, clear_padding, read_pages, write_pages
+from kernels_pallas.op import CONSTANT, RaggedBatch, Shares, clear_padding, read_pages, write_pages
 from kernels_pallas.rotary import Rotary, rotate_halves
 
 EXACT = jax.lax.Precision.HIGHEST
@@ -30,6 +30,9 @@ class GQAWeights:
 
     query_norm: Float[Array, "D"] | None = None
     key_norm: Float[Array, "D"] | None = None
+
+
+SHARES = Shares("heads", (1, 1, 1, 1, None, None, 4, CONSTANT, None), (1, 4))
 
 
 def gqa(

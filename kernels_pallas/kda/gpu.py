@@ -27,7 +27,6 @@ from kernels_pallas.linear_decode_gpu import (
     Ref,
     Slabs,
     await_state,
-    by_rows,
     check_decode,
     decode,
     dot,
@@ -49,6 +48,7 @@ from kernels_pallas.linear_decode_gpu import (
 )
 from kernels_pallas.norm import L2_EPSILON
 from kernels_pallas.op import RaggedBatch, StateSpec
+from kernels_pallas.rows import by_rows
 
 QUERY, KEY, VALUE, KEPT, KEPT_QUERY, KEPT_KEY, VECTORS = range(7)  # vectors in shared memory
 
@@ -79,7 +79,7 @@ def kda(
         mixed, f.reshape(tokens, -1), b, gate.reshape(tokens, -1), weights.convolution, weights.decay_log,
         weights.decay_bias.reshape(-1), weights.output_norm,
     )  # fmt: skip
-    settings = _Settings(heads, _in_kernel(decay), epsilon)
+    settings = _Settings(_in_kernel(decay), epsilon)
 
     def prefill(pools: tuple[Array, ...], batch: RaggedBatch) -> tuple[Array, tuple[Array, ...]]:
         state, tail = pools
@@ -119,7 +119,6 @@ def _in_kernel(decay: Decay) -> Decay:
 
 @dataclass(frozen=True)
 class _Settings:
-    heads: int
     decay: Decay
     epsilon: float
 
@@ -129,7 +128,7 @@ def _decode_row(settings: _Settings, block: Block, inputs: tuple[Ref, ...], tail
     mixed, f, b, gate, convolution, decay_log, decay_bias, output_norm = inputs
     fetch_state(block)
     head, token, tiles = block.slab, block.token, range(block.slabs.tiles)
-    starts = (head * WIDTH, (settings.heads + head) * WIDTH, (2 * settings.heads + head) * WIDTH)
+    starts = tuple((3 * head + part) * WIDTH for part in range(3))
     windows = tuple(read_window(block, mixed, convolution, tail, start, None) for start in starts)
     keys = pl.ds(head * WIDTH, WIDTH)
     x = load_channels(f.at[token, keys]) + load_channels(decay_bias.at[keys])

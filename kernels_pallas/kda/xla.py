@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.kda.decay import Decay
 from kernels_pallas.norm import l2, rms
-from kernels_pallas.op import RaggedBatch, clear_padding
+from kernels_pallas.op import CONSTANT, RaggedBatch, Shares, clear_padding
 from kernels_pallas.recurrence import recur
 from kernels_pallas.short_conv.xla import short_conv
 
@@ -45,6 +45,9 @@ class KDAWeights:
     decay_log: Float[Array, "H"]  # A_log
     decay_bias: Float[Array, "H K"]  # dt_bias
     output_norm: Float[Array, "V"]
+
+
+SHARES = Shares("delta_heads", (1, 1, 1, 1, (1, 0, 0, None), 2, 3, CONSTANT, None), (1, 2, 3))
 
 
 def kda(
@@ -64,20 +67,19 @@ def kda(
     """One Kimi delta attention layer between its projections.
 
     Args:
-      mixed: projected channels before the convolution: all queries, all keys, all values. f, b: gates of the decay and
-        of the update, as projected. gate: output gate, before its sigmoid. decay: what makes a log decay of `f`.
+      mixed: projected channels before the convolution, by head: its query, its key, its value. f, b: gates of the decay
+        and of the update, as projected. gate: output gate, before its sigmoid. decay: what makes a log decay of `f`.
       epsilon: of the output norm.
     Returns the gated output in the dtype of `mixed`, zeros for padding, and both pools.
     """
-    heads, value_width, key_width = state.shape[2:]
+    heads, _, key_width = state.shape[2:]
     channels, tail = short_conv(mixed, weights.convolution, tail, layer, batch)
-    keys = heads * key_width
-    q, k, v = jnp.split(jax.nn.silu(channels), [keys, 2 * keys], axis=1)
-    q = l2(q.reshape(-1, heads, key_width)) * key_width**-0.5
-    k = l2(k.reshape(-1, heads, key_width))
+    by_head = jax.nn.silu(channels).reshape(channels.shape[0], heads, -1)
+    q, k, v = jnp.split(by_head, [key_width, 2 * key_width], axis=2)
+    q, k = l2(q) * key_width**-0.5, l2(k)
     beta = jax.nn.sigmoid(b.astype(jnp.float32))
     g = decay(f.astype(jnp.float32) + weights.decay_bias[None], jnp.exp(weights.decay_log)[None, :, None])
-    tokens = (q, k, v.reshape(-1, heads, value_width), g, beta)
+    tokens = (q, k, v, g, beta)
     out, state = recur(tokens, kda_step, kda_chunk, state, layer, batch)
     out = rms(out, weights.output_norm, epsilon) * jax.nn.sigmoid(gate.astype(jnp.float32))
     out = out.reshape(out.shape[0], -1).astype(mixed.dtype)

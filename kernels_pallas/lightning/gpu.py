@@ -24,7 +24,6 @@ from kernels_pallas.linear_decode_gpu import (
     Slabs,
     alike,
     await_state,
-    by_rows,
     check_decode,
     decode,
     dot,
@@ -42,6 +41,7 @@ from kernels_pallas.linear_decode_gpu import (
 from kernels_pallas.norm import group_rms
 from kernels_pallas.op import RaggedBatch, StateSpec, clear_padding
 from kernels_pallas.rotary import Rotary
+from kernels_pallas.rows import by_rows
 
 VALUE, QUERY, KEY, VECTORS = 0, 1, 2, 4  # vectors in shared memory; of those beside a rotated one some floats are read
 

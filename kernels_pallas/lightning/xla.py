@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.norm import group_rms, rms
-from kernels_pallas.op import RaggedBatch, clear_padding
+from kernels_pallas.op import CONSTANT, RaggedBatch, Shares, clear_padding
 from kernels_pallas.recurrence import recur
 from kernels_pallas.rotary import Rotary, rotate_halves
 
@@ -39,6 +39,9 @@ class LightningWeights:
     output_norm: Float[Array, "H*V"]
     query_norm: Float[Array, "K"] | None = None
     key_norm: Float[Array, "K"] | None = None
+
+
+SHARES = Shares("linear_heads", (2, 1, (0, 0, None, None), None, 2, CONSTANT, None), (1, 2), ("groups",))
 
 
 def lightning(

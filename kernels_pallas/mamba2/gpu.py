@@ -20,7 +20,6 @@ from kernels_pallas.linear_decode_gpu import (
     Slabs,
     alike,
     await_state,
-    by_rows,
     check_decode,
     decode,
     dot,
@@ -41,6 +40,7 @@ from kernels_pallas.linear_decode_gpu import (
 from kernels_pallas.mamba2.xla import UNLIMITED, Mamba2Weights, gated_then_normed, normed_then_gated
 from kernels_pallas.mamba2.xla import mamba2 as mamba2_xla
 from kernels_pallas.op import RaggedBatch, StateSpec, clear_padding
+from kernels_pallas.rows import by_rows
 
 LARGEST_SLAB = 384  # value channels: 192 KB of shared memory
 INPUT, OUTPUT, VALUES = 0, 1, 2  # vectors in shared memory: B, C, and all of x
@@ -48,8 +48,6 @@ INPUT, OUTPUT, VALUES = 0, 1, 2  # vectors in shared memory: B, C, and all of x
 
 @dataclass(frozen=True)
 class _Settings:
-    inner: int  # channels of x
-    groups: int
     width: int  # channels of a head
     step_limit: tuple[float, float]
 
@@ -81,7 +79,7 @@ def mamba2(
         mixed, step_size, weights.convolution, weights.convolution_bias, weights.decay_log, weights.step_bias,
         weights.skip,
     )  # fmt: skip
-    settings = _Settings(heads * width, groups, width, step_limit)
+    settings = _Settings(width, step_limit)
     end = normed_then_gated if norm_first else gated_then_normed
 
     def prefill(pools: tuple[Array, ...], batch: RaggedBatch) -> tuple[Array, tuple[Array, ...]]:
@@ -128,11 +126,13 @@ def _decode_row(settings: _Settings, block: Block, inputs: tuple[Ref, ...], tail
     mixed, step_size, convolution, bias, decay_log, step_bias, skip = inputs
     fetch_state(block)
     token, rows, tiles = block.token, block.slabs.rows, range(block.slabs.tiles)
+    values = block.slabs.members * rows
+    first = block.family * (values + 2 * WIDTH)  # of the group's channels: x, B, C
     places: list[tuple[Any, int | None]] = [
-        (settings.inner + block.family * WIDTH, 0),
-        (settings.inner + (settings.groups + block.family) * WIDTH, block.slabs.members - 1),
+        (first + values, 0),
+        (first + values + WIDTH, block.slabs.members - 1),
     ]
-    places += [(block.slab * rows + start, None) for start in range(0, rows, WIDTH)]
+    places += [(first + block.member * rows + start, None) for start in range(0, rows, WIDTH)]
     windows = tuple(read_window(block, mixed, convolution, tail, *place) for place in places)
     biases = [load_channels(bias.at[window.channels]) for window in windows]
     heads = [block.channels(index).start // settings.width for index in tiles]

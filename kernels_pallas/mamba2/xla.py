@@ -1,6 +1,6 @@
 """Mamba2 (State Space Duality, arXiv 2405.21060): linear attention with a step size that decays the state.
 
-    [x_t | B_t | C_t] = SiLU(conv(x | B | C)_t + bias)              x [H, V], B and C [G, K]
+    [x_t | B_t | C_t] = SiLU(conv(x | B | C)_t + bias)              per group; x [H, V], B and C [G, K]
     d_t = clip(softplus(dt_t + dt_bias)),  a_t = -exp(A_log) d_t    per head, a <= 0
     S_t = exp(a_t) S_{t-1} + d_t x_t B_t^T;  y_t = S_t C_t + D x_t  S [V, K], float32; head h reads group h // (H / G)
 
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.norm import group_rms
-from kernels_pallas.op import RaggedBatch, clear_padding
+from kernels_pallas.op import CONSTANT, RaggedBatch, Shares, clear_padding
 from kernels_pallas.recurrence import recur
 from kernels_pallas.short_conv.xla import short_conv
 
@@ -44,6 +44,9 @@ class Mamba2Weights:
     output_norm: Float[Array, "H*V"] | None
 
 
+SHARES = Shares("state_groups", (1, 1, 1, (1, 0, 0, 0, 0, 0), 2, 3, CONSTANT, None), (1, 2, 3), ("groups",))
+
+
 def mamba2(
     z: Float[Array, "T H*V"],
     mixed: Float[Array, "T H*V+2*G*K"],
@@ -62,7 +65,8 @@ def mamba2(
     """One Mamba2 layer between its projections.
 
     Args:
-      z: output gate. mixed: projected channels before the convolution: x, then B, then C. step_size: dt without bias.
+      z: output gate. mixed: projected channels before the convolution, by group: x of its heads, its B, its C.
+      step_size: dt without bias.
       groups: G, of B and C and of the output norm. epsilon: of the output norm.
       norm_first: whether the norm comes before the gate. step_limit: smallest and largest step d.
     Returns the gated output in the dtype of `mixed`, zeros for padding, and both pools.
@@ -70,9 +74,9 @@ def mamba2(
     heads, width, key_width = state.shape[2:]
     channels, tail = short_conv(mixed, weights.convolution, tail, layer, batch)
     channels = jax.nn.silu(channels + weights.convolution_bias[None, :])
-    x, b, c = jnp.split(channels, [heads * width, heads * width + groups * key_width], axis=1)
+    values = heads * width // groups
+    x, b, c = jnp.split(channels.reshape(channels.shape[0], groups, -1), [values, values + key_width], axis=2)
     x = x.reshape(-1, heads, width)
-    b, c = b.reshape(-1, groups, key_width), c.reshape(-1, groups, key_width)
     step = jax.nn.softplus(step_size.astype(jnp.float32) + weights.step_bias[None, :])
     step = jnp.clip(step, *step_limit)
     decay = -jnp.exp(weights.decay_log)[None, :] * step

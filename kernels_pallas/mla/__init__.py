@@ -2,9 +2,11 @@
 
 from kernels_pallas.mla.gpu import fits as fits_gpu
 from kernels_pallas.mla.gpu import mla as mla_gpu
-from kernels_pallas.mla.xla import MLAWeights, mla
+from kernels_pallas.mla.tpu import fits as fits_tpu
+from kernels_pallas.mla.tpu import mla as mla_tpu
+from kernels_pallas.mla.xla import SHARES, MLAWeights, mla
 from kernels_pallas.op import Op
 
-MLA = Op("mla", {"xla": mla, "gpu": mla_gpu}, {"gpu": fits_gpu})
+MLA = Op("mla", {"xla": mla, "tpu": mla_tpu, "gpu": mla_gpu}, SHARES, {"tpu": fits_tpu, "gpu": fits_gpu})
 
 __all__ = ["MLA", "MLAWeights"]

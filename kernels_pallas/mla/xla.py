@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.attention import attend_rows, causal, masked, softmax
 from kernels_pallas.norm import rms
-from kernels_pallas.op import RaggedBatch, read_pages, write_pages
+from kernels_pallas.op import CONSTANT, RaggedBatch, Shares, read_pages, write_pages
 from kernels_pallas.rotary import Rotary, rotate_pairs
 
 EXACT = jax.lax.Precision.HIGHEST
@@ -34,6 +34,9 @@ class MLAWeights:
 
     latent_norm: Float[Array, "Z"]
     expansion: Float[Array, "Z H N+V"]
+
+
+SHARES = Shares("heads", (1, None, (None, 1), None, None, CONSTANT, None), (1, None))
 
 
 def mla(

@@ -15,7 +15,9 @@ Letters: T tokens, c channels, W convolution width, B requests, N slots, L layer
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.op import RaggedBatch, clear_padding, read_states, store_states, take, token_rows
+from kernels_pallas.op import CONSTANT, RaggedBatch, Shares, clear_padding, read_states, store_states, take, token_rows
+
+SHARES = Shares("convolution_channels", (2, 1, 3, CONSTANT, None), (1, 3))
 
 
 def gated_short_conv(

@@ -159,8 +159,8 @@ def gdn_oracle(inputs, first, states, beta_scale=1.0):
         window = np.concatenate([tail, inputs["mixed"][t : t + 1].astype(np.float64)])
         tail, x = window[1:], (window * weights.convolution).sum(0)
         x = x * sigmoid(x)
-        q, k, v = np.split(x, [KEY_HEADS * WIDTH, 2 * KEY_HEADS * WIDTH])
-        q, k = (np.repeat(y.reshape(KEY_HEADS, WIDTH), HEADS // KEY_HEADS, 0) for y in (q, k))
+        q, k, v = np.split(x.reshape(KEY_HEADS, -1), [WIDTH, 2 * WIDTH], axis=1)
+        q, k = (np.repeat(y, HEADS // KEY_HEADS, 0) for y in (q, k))
         q, k = (y / np.sqrt((y * y).sum(-1, keepdims=True) + 1e-6) for y in (q, k))
         v = v.reshape(HEADS, WIDTH)
         beta = beta_scale * sigmoid(inputs["b"][t].astype(np.float64))
@@ -225,7 +225,7 @@ def kda_oracle(decay: Callable[..., np.ndarray], inputs, first, states):
     for t in range(len(inputs["b"])):
         window = np.concatenate([tail, inputs["mixed"][t : t + 1].astype(np.float64)])
         tail, x = window[1:], (window * weights.convolution).sum(0)
-        q, k, v = (x * sigmoid(x)).reshape(3, HEADS, WIDTH)
+        q, k, v = (x * sigmoid(x)).reshape(HEADS, 3, WIDTH).transpose(1, 0, 2)
         q, k = (y / np.sqrt((y * y).sum(-1, keepdims=True) + 1e-6) for y in (q, k))
         beta = sigmoid(inputs["b"][t].astype(np.float64))
         g = decay(inputs["f"][t] + weights.decay_bias, np.exp(weights.decay_log)[:, None])
@@ -289,9 +289,10 @@ def mamba2_oracle(inputs, first, states):
         window = np.concatenate([tail, inputs["mixed"][t : t + 1].astype(np.float64)])
         tail, channels = window[1:], (window * weights.convolution).sum(0) + weights.convolution_bias
         channels = channels * sigmoid(channels)
-        x, b, c = np.split(channels, [HEADS * WIDTH, HEADS * WIDTH + KEY_HEADS * STATE_WIDTH])
+        values = HEADS // KEY_HEADS * WIDTH
+        x, b, c = np.split(channels.reshape(KEY_HEADS, -1), [values, values + STATE_WIDTH], axis=1)
         x = x.reshape(HEADS, WIDTH)
-        b, c = (np.repeat(y.reshape(KEY_HEADS, STATE_WIDTH), HEADS // KEY_HEADS, 0) for y in (b, c))
+        b, c = (np.repeat(y, HEADS // KEY_HEADS, 0) for y in (b, c))
         step = np.logaddexp(0, inputs["step_size"][t].astype(np.float64) + weights.step_bias).clip(*STEP_LIMIT)
         state = np.exp(-np.exp(weights.decay_log) * step)[:, None, None] * state
         state = state + (step[:, None] * x)[:, :, None] * b[:, None, :]

@@ -12,6 +12,7 @@ from kernels_pallas.op import (
     ArraySpec,
     KVSpec,
     Op,
+    Shares,
     prefill_chunks,
     read_states,
     token_positions,
@@ -125,7 +126,8 @@ def test_slot_zero_is_never_written():
 
 
 def test_a_backend_is_chosen_or_refused_never_swapped():
-    op = Op("thing", {"xla": lambda: "xla", "gpu": lambda: "gpu"}, {"gpu": lambda memory, dtype: dtype == "bfloat16"})
+    backends, fits = {"xla": lambda: "xla", "gpu": lambda: "gpu"}, {"gpu": lambda memory, dtype: dtype == "bfloat16"}
+    op = Op("thing", backends, Shares("heads", (), ()), fits)
     memory = KVSpec((ArraySpec("kv", (2,), "bfloat16"),))
     chosen = [op.choose("auto", memory, "bfloat16", platform) for platform in ("cpu", "gpu", "tpu")]
     assert chosen == ["xla", "gpu", "xla"]

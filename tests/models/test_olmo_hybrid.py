@@ -91,9 +91,10 @@ def test_three_convolutions_are_one_parameter():
         (48, 1, 4),
         (96, 1, 4),
     ]
-    parameter = np.random.default_rng(0).normal(size=(4, 192))
+    parameter = np.random.default_rng(0).normal(size=(4, 3, 64))  # of each key head: 16 + 16 + 32 channels
     tensors = source.split(parameter)
-    assert np.array_equal(tensors[2][5, 0], parameter[:, 96 + 5])
+    assert np.array_equal(tensors[1][16 + 5, 0], parameter[:, 1, 16 + 5])
+    assert np.array_equal(tensors[2][32 + 5, 0], parameter[:, 1, 32 + 5])
     thirds = np.split(np.concatenate(tensors), 3)
     for cut in (tensors, thirds):
         assert np.array_equal(source.assemble(cut, parameter.shape), parameter)
