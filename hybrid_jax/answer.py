@@ -6,9 +6,18 @@ from hybrid_jax.tokenizer import Detokenizer, StopMatcher, Tokenizer
 
 
 class Answer:
-    """The tokens of a request so far, the text that is final, and why it ended. Text only with a tokenizer."""
+    """The tokens of a request so far, the text that is final, and why it ended. Text only with a tokenizer.
 
-    def __init__(self, request: Request, prompt: str | None, tokenizer: Tokenizer | None):
+    spelled_ids: special tokens that are part of the text, as they are spelled.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        prompt: str | None,
+        tokenizer: Tokenizer | None,
+        spelled_ids: frozenset[int] = frozenset(),
+    ):
         self.finish_reason: FinishReason | None = None
         self.request = request
         self._prompt = prompt
@@ -18,7 +27,7 @@ class Answer:
         self._logprobs: list[TokenLogprobs] = []
         self._pieces: list[str] = []
         self._given = 0  # pieces that were taken
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, spelled_ids=spelled_ids)
         self._matcher = StopMatcher(request.params.stop, request.params.include_stop_str_in_output)
 
     def push(self, progress: Progress) -> None:

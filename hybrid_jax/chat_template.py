@@ -2,14 +2,17 @@
 
 A template is foreign code, so it runs in Jinja's immutable sandbox: no attributes that begin with an underscore, no
 change of what is passed in, no files, no imports, and bounds on its source and its output. The sandbox bounds neither
-time nor memory: a server that renders for strangers does it in a process that it can end. Knows nothing of tokens.
+time nor memory: who renders for strangers does it in a process that it can end. This file run as a program is that
+process: it reads JSON lines, first the template, then what to render, and writes one for each. Knows nothing of tokens.
 """
 
 import json
+import resource
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import jinja2
 import jinja2.meta
@@ -22,21 +25,50 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 TEMPLATE_BYTES = 64 * 2**10
 RENDERED_BYTES = 4 * 2**20
 MAX_TEMPLATE_VARIABLES = 16
+PROCESS_BYTES = 2**30  # of memory, of a process that renders
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 OUR_NAMES = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now", *SPECIAL_TOKEN_NAMES}
 Scalar = str | int | float | bool | None
+
+
+class Template(Protocol):
+    """What makes text of messages. As of `ChatTemplate`."""
+
+    @property
+    def source(self) -> str:
+        """Its text."""
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """Spellings by name."""
+
+    @property
+    def reads_tools(self) -> bool:
+        """Whether tools make a difference to it."""
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Scalar] | None = None,
+        now: datetime | None = None,
+    ) -> str:
+        """The text of a conversation."""
 
 
 @dataclass(frozen=True, eq=False)
 class ChatTemplate:
     """A chat template. Made by `compile_template`.
 
-    variables: the names that it reads beside those that `render` always passes.
+    variables: the names that it reads beside those that `render` always passes. reads_tools: whether it reads `tools`.
     """
 
     template: jinja2.Template
+    source: str
     special_tokens: Mapping[str, str]
     variables: frozenset[str]
+    reads_tools: bool
 
     def render(
         self,
@@ -90,7 +122,8 @@ def compile_template(source: bytes, special_tokens: Mapping[str, str]) -> ChatTe
     try:
         text = source.decode()
         names = jinja2.meta.find_undeclared_variables(sandbox.parse(text)) - set(sandbox.globals)
-        return ChatTemplate(sandbox.from_string(text), special_tokens, frozenset(names - OUR_NAMES))
+        template, variables = sandbox.from_string(text), frozenset(names - OUR_NAMES)
+        return ChatTemplate(template, text, special_tokens, variables, "tools" in names)
     except Exception as error:  # a RecursionError is possible too
         raise ValueError(f"wanted a Jinja chat template, got {str(error)[:200]}: correct it") from None
 
@@ -140,3 +173,29 @@ def _tojson(
 
 def _raise_exception(message: object) -> NoReturn:
     raise jinja2.TemplateError(str(message))
+
+
+# --------------------------------------------------------------------------------------------------- as a process alone
+
+
+def _serve_lines() -> None:
+    """Render what is asked for on standard input until it ends."""
+    resource.setrlimit(resource.RLIMIT_AS, (PROCESS_BYTES, PROCESS_BYTES))
+    stated = json.loads(sys.stdin.readline())
+    template = compile_template(stated["source"].encode("utf-8", "surrogatepass"), stated["special_tokens"])
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(_answer(template, json.loads(line))), flush=True)
+
+
+def _answer(template: ChatTemplate, asked: dict[str, Any]) -> dict[str, str]:
+    try:
+        now = None if asked["now"] is None else datetime.fromisoformat(asked["now"])
+        messages, tools, prompts = asked["messages"], asked["tools"], asked["add_generation_prompt"]
+        return {"text": template.render(messages, tools, prompts, asked["variables"], now)}
+    except ValueError as error:
+        return {"error": str(error)}
+
+
+if __name__ == "__main__":
+    _serve_lines()

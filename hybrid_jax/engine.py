@@ -6,7 +6,8 @@ and aborted at any time between two calls of `step`.
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ from jaxtyping import Float
 
 from hybrid_jax.buckets import Bucket
 from hybrid_jax.prefix_cache import CACHE
-from hybrid_jax.request import Request
+from hybrid_jax.request import Request, TokenLogprobs
 from hybrid_jax.runner import Padding, Ticket
 from hybrid_jax.scheduler import Scheduler
 from hybrid_jax.stats import BucketUse, Stats, Units
@@ -38,6 +39,11 @@ class Device(Protocol):
 
     def score(self, token_ids: Sequence[int], slot: int, pages: Sequence[int]) -> Float[np.ndarray, "T Y"]:
         """The logits of every token of a new request."""
+
+    def score_prompt(
+        self, token_ids: Sequence[int], asked: int, slot: int, pages: Sequence[int]
+    ) -> tuple[TokenLogprobs, ...]:
+        """The log-probabilities of the tokens of a new request."""
 
     def reset(self) -> None:
         """Lose all memory."""
@@ -103,19 +109,35 @@ class Engine:
 
         If anything interrupts this, every request is dropped and the memory on the device is new, as in `step`.
         """
+        return self._in_room(len(token_ids), partial(self._device.score, token_ids))
+
+    def score_prompt(self, token_ids: Sequence[int], asked: int) -> tuple[TokenLogprobs, ...]:
+        """The log-probability of each token after the first, with those of the `asked` likeliest ones at its place.
+
+        Everything is computed anew: the prefix cache is neither read nor filled. Raises as `score`.
+        """
+        return self._in_room(len(token_ids), partial(self._device.score_prompt, token_ids, asked))
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether so many tokens could be scored now."""
+        cache = self.scheduler.cache
+        return bool(cache.available_slots) and cache.available_pages >= self.scheduler.page_count(tokens)
+
+    def _in_room[Scores](self, tokens: int, work: Callable[[int, list[int]], Scores]) -> Scores:
+        """What `work` gives for a slot and pages of its own."""
         scheduler, cache = self.scheduler, self.scheduler.cache
-        needed = scheduler.page_count(len(token_ids))
-        if not cache.available_slots or cache.available_pages < needed:
-            raise ValueError(f"wanted room for {len(token_ids)} tokens beside those that run, got none: wait")
+        needed = scheduler.page_count(tokens)
+        if not self.has_room(tokens):
+            raise ValueError(f"wanted room for {tokens} tokens beside those that run, got none: wait")
         try:
             slot = cache.take_slot(SCORER)
             pages = [page for _ in range(needed) if (page := cache.take_page(SCORER)) is not None]
             assert slot is not None and len(pages) == needed
-            logits = self._device.score(token_ids, slot, pages)
+            scores = work(slot, pages)
             for page in pages:
                 scheduler.pages.give_back(page, SCORER)
             scheduler.slots.give_back(slot, SCORER)
-            return logits
+            return scores
         except BaseException:
             self.reset()
             raise

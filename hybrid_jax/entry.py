@@ -2,6 +2,7 @@
 
 import heapq
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hybrid_jax.prefix_cache import Lease
@@ -59,6 +60,12 @@ class Entry:
         after = len(prompt)
         return prompt[start:end] + tuple(self.drawn[max(start - after, 0) : max(end - after, 0)])
 
+    def take(self, tokens: Sequence[int]) -> None:
+        """Take in tokens that were drawn."""
+        self.drawn += tokens
+        if self.request.constraint is not None:
+            self.request.constraint.push(tokens)
+
     @property
     def prefilling(self) -> bool:
         """Whether tokens of the prompt are still to be fed."""
@@ -66,8 +73,9 @@ class Entry:
 
     @property
     def decodable(self) -> bool:
-        """Whether a further token may be drawn, as far as is known."""
-        return not self.prefilling and self.ended is None and self.planned < self.request.token_limit
+        """Whether a further token may be drawn, as far as is known: under a constraint, once the last one is."""
+        known = not self.in_flight or self.request.constraint is None
+        return known and not self.prefilling and self.ended is None and self.planned < self.request.token_limit
 
     @property
     def fed_for_sure(self) -> int:

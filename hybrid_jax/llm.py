@@ -23,15 +23,19 @@ from hybrid_jax import checkpoint
 from hybrid_jax.answer import Answer
 from hybrid_jax.assembly import build_engine, plan_engine, start_line
 from hybrid_jax.config import Backend, Dtype, EngineConfig
+from hybrid_jax.engine import Engine
 from hybrid_jax.hub import find_model
 from hybrid_jax.published_config import read_published_config
 from hybrid_jax.request import RequestOutput, SamplingParams, make_request
 from hybrid_jax.routing import Routing, route_model
 from hybrid_jax.scheduler import QueueFull
+from hybrid_jax.sharding import place_model
 from hybrid_jax.stats import Stats
 from hybrid_jax.step import Progress
 from hybrid_jax.tokenizer import Tokenizer, read_json_object, stated_eos_ids
+from models.decoder import Decoder
 from models.registry import find_family
+from models.weights import WeightTable
 
 Prompt = str | Sequence[int]
 
@@ -55,6 +59,8 @@ class LLM:
         dtype: Dtype = EngineConfig.dtype,
         backend: Backend = EngineConfig.backend,
         *,
+        tensor_parallel: int = EngineConfig.tensor_parallel,
+        expert_parallel: int = EngineConfig.expert_parallel,
         max_model_len: int | None = EngineConfig.max_model_len,
         max_num_seqs: int | None = EngineConfig.max_num_seqs,
         max_num_batched_tokens: int = EngineConfig.max_num_batched_tokens,
@@ -73,6 +79,8 @@ class LLM:
         self.config = EngineConfig(
             dtype=dtype,
             backend=backend,
+            tensor_parallel=tensor_parallel,
+            expert_parallel=expert_parallel,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -98,22 +106,38 @@ class LLM:
         abstract = nnx.eval_shape(
             lambda: family.Model(self.model_config, rngs=nnx.Rngs(0), dtype=dtype, backend=backend)
         )
-        self.routing: Routing = route_model(abstract)
-        self.memory = plan_engine(abstract, self.routing, self.model_config.max_positions, self.config)
-        self.max_model_len = self.memory.max_model_len
-        print(start_line(str(model), self.config, self.routing, self.memory), file=sys.stderr)
-        graph, state = nnx.split(abstract)
-        loaded = checkpoint.load(self.path, state, family.weight_table(self.model_config))
-        merged = nnx.merge(graph, loaded)
-        self._engine, self._runner = build_engine(merged, self.routing, self.memory, self.config, self.eos_token_ids)
+        self._start(str(model), abstract, family.weight_table(self.model_config))
         self._answers: dict[str, Answer] = {}
         self._ids, self._left = itertools.count(), deque[Answer]()  # left: to be ended after the step that is made
         self._driving, self._driver = threading.RLock(), 0  # driver: the thread that makes it
 
-    def get_ready(self) -> None:
-        """Compile the program of every step now. From then on none is compiled, which `stats` counts; `logits` may."""
+    def _start(self, name: str, abstract: Decoder, table: WeightTable) -> None:
+        """Place and plan the model, say so, and load it."""
+        placement = place_model(abstract, self.config.tensor_parallel, self.config.expert_parallel)
+        self.routing: Routing = route_model(abstract)
+        self.memory = plan_engine(abstract, self.routing, self.model_config.max_positions, self.config)
+        self.max_model_len = self.memory.max_model_len
+        print(start_line(name, self.config, self.routing, self.memory), *placement.whole, sep="\n", file=sys.stderr)
+        graph, state = nnx.split(abstract)
+        loaded = checkpoint.load(self.path, state, table, placement.put)
+        self._engine, self._runner = build_engine(
+            nnx.merge(graph, loaded), self.routing, self.memory, self.config, self.eos_token_ids, placement
+        )
+
+    def get_ready(self, prompt_scores: bool = False) -> None:
+        """Compile the program of every step now. From then on none is compiled, which `stats` counts; `logits` may.
+
+        prompt_scores: also what `Engine.score_prompt` runs.
+        """
         with self._turn():
+            if prompt_scores:
+                self._runner.compile_scorers()
             self._runner.compile_all()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine itself, for a server that drives it alone, in one thread: nothing of this class may run then."""
+        return self._engine
 
     def stats(self) -> Stats:
         """What runs and waits, the pools, the prefix cache, compilations and times."""

@@ -1,9 +1,10 @@
 """The compiled step: model, sampling, stop conditions and bookkeeping in one traced function for each sort of step.
 
 `mixed_step` feeds pieces of prompts and one token of every row in decode; `decode_loop` feeds and draws up to N tokens
-a row; `score` gives the logits of every token. What is known on the device alone stays there: the newest token of each
-row, and whether the row has ended. A row that has ended is absent from a step, whatever the host had planned for it: it
-writes neither pages nor states, so what it leaves can be kept.
+a row; `score` gives the logits of every token, `score_following` the log-probabilities of the tokens that follow. What
+is known on the device alone stays there: the newest token of each row, and whether the row has ended. A row that has
+ended is absent from a step, whatever the host had planned for it: it writes neither pages nor states, so what it leaves
+can be kept.
 
 Letters: B rows of the step, T packed tokens, N loops, Y vocabulary.
 """
@@ -18,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hybrid_jax.canary import Beliefs, Stamps, mismatched, stamped
 from hybrid_jax.request import ERROR, MAX_LOGPROBS, RUNNING
 from hybrid_jax.row_tables import RowTables, count_tokens, shape_logits
-from hybrid_jax.sampling import NO_TOKEN, AnyArray, Logprobs, SamplingRows, draw, finished
+from hybrid_jax.sampling import NO_TOKEN, AnyArray, Logprobs, SamplingRows, draw, finished, given_logprobs
 from kernels_pallas.op import Cache, RaggedBatch
 from models.decoder import Decoder
 
@@ -227,3 +228,29 @@ def score(
     model = nnx.merge(graph, state)
     hidden, cache = model(tokens, memory.cache, batch)
     return replace(memory, cache=cache), model.logits(hidden)
+
+
+def score_following(
+    graph: nnx.GraphDef[Decoder],
+    state: nnx.State,
+    memory: DeviceMemory,
+    tokens: Int[Array, "T"],
+    following: Int[Array, "T"],
+    batch: RaggedBatch,
+    *,
+    block: int,
+) -> tuple[DeviceMemory, Logprobs]:
+    """What `given_logprobs` says of the token that follows each one.
+
+    No more than `block` rows of logits exist at once; T is a multiple of it.
+    """
+    model = nnx.merge(graph, state)
+    hidden_TD, cache = model(tokens, memory.cache, batch)
+
+    def score_block(args: tuple[Array, Array]) -> Logprobs:
+        hidden_BD, following_B = args
+        return given_logprobs(model.logits(hidden_BD), following_B)
+
+    parts = jax.lax.map(score_block, (hidden_TD.reshape(-1, block, hidden_TD.shape[1]), following.reshape(-1, block)))
+    logprob, top, ids = (part.reshape(-1, *part.shape[2:]) for part in parts)
+    return replace(memory, cache=cache), (logprob, top, ids)

@@ -6,8 +6,10 @@ of the schedule (the engine) or of devices (`sampling.py`), and imports no JAX.
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from hybrid_jax.constraint import Constraint
 
 GREEDY_BELOW = 1e-5  # a temperature under this one takes the most likely token
 MAX_TEMPERATURE = 2.0
@@ -131,6 +133,7 @@ class Request:
     choice: which of several answers to one prompt this is; they share a seed and differ in their draws.
     priority: the smaller runs first.
     cache_salt: requests with different salts never share what was computed for a prompt.
+    constraint: what limits its tokens as they are drawn. It changes with them, so each request has its own.
     """
 
     id: str
@@ -141,6 +144,17 @@ class Request:
     choice: int = 0
     priority: int = 0
     cache_salt: str = ""
+    constraint: Constraint | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def shaped(self) -> bool:
+        """Whether its logits are changed before a token is chosen."""
+        return self.params.shaped or self.constraint is not None
+
+    @property
+    def watched(self) -> bool:
+        """Whether the host must see each token before the next is drawn."""
+        return bool(self.params.stop) or self.constraint is not None
 
 
 def make_request(
@@ -151,18 +165,21 @@ def make_request(
     choice: int = 0,
     priority: int = 0,
     cache_salt: str = "",
+    constraint: Constraint | None = None,
 ) -> Request:
     """Settle what `params` leaves open: the limit of tokens and the seed. `max_model_len` counts prompt and output.
 
     Raises ValueError for an empty prompt, a token id that is not an int32, a negative choice, a priority beyond 64
-    bits, a salt that is no string, and a prompt that leaves no room in the context or not as much as `max_tokens` and
-    `min_tokens` ask for.
+    bits, a salt that is no string, a constraint beside a set of allowed tokens, and a prompt that leaves no room in the
+    context or not as much as `max_tokens` and `min_tokens` ask for.
     """
     prompt = tuple(_integer("prompt token id", token, 0, INT32_END - 1) for token in prompt_token_ids)
     if not prompt:
         raise ValueError("wanted at least one prompt token, got none: start from the model's begin token")
     if not isinstance(cache_salt, str):
         raise ValueError(f"wanted cache_salt as a string, got {cache_salt!r}: put it in quotes, or leave it out")
+    if constraint is not None and params.allowed_token_ids is not None:
+        raise ValueError("wanted a constraint or allowed_token_ids, got both: leave one out")
     return Request(
         id=request_id,
         prompt_token_ids=prompt,
@@ -172,6 +189,7 @@ def make_request(
         choice=_integer("choice", choice, 0, INT32_END - 1),
         priority=_integer("priority", priority, -(2**63), 2**63 - 1),
         cache_salt=cache_salt,
+        constraint=constraint,
     )
 
 

@@ -20,9 +20,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from hybrid_jax.request import RUNNING, SamplingParams
+from hybrid_jax.request import MAX_LOGIT_BIASES, RUNNING, SamplingParams
 from hybrid_jax.sampling import NO_TOKEN, SamplingRows
 
 IN_PROMPT = 1 << 30  # of a tally, above every count
@@ -88,9 +88,24 @@ def place_row(tables: RowTables, row: int, bias: Float[np.ndarray, "Y"], tallies
     return _place(tables, np.int32(row), bias, tallies)
 
 
+def place_mask(tables: RowTables, row: int, mask: UInt32[np.ndarray, "M"], params: SamplingParams) -> RowTables:
+    """Let `row` draw nothing but what `mask` allows from its next token on, with the bias of `params`.
+
+    mask: a bit for each id, the lowest first; ids past its end are not allowed. `tables` are donated.
+    """
+    vocabulary = tables.bias.shape[1]
+    words = np.zeros(-(-vocabulary // 32), np.uint32)
+    words[: len(mask)] = mask[: len(words)]
+    ids, values = np.full(MAX_LOGIT_BIASES, vocabulary, np.int32), np.zeros(MAX_LOGIT_BIASES, np.float32)
+    for index, (token, bias) in enumerate(dict(params.logit_bias).items()):
+        ids[index], values[index] = token, bias
+    return _place_mask(tables, np.int32(row), words, ids, values)
+
+
 def place_nothing(tables: RowTables) -> RowTables:
-    """The same tables, donated: compiles what `place_row` runs, while requests may be in the rows."""
+    """The same tables, donated: compiles what placing a row and a mask runs, while requests may be in the rows."""
     rows, vocabulary = tables.bias.shape
+    tables = place_mask(tables, rows, np.zeros(0, np.uint32), SamplingParams())
     return _place(tables, np.int32(rows), np.zeros(vocabulary, np.float32), np.zeros(vocabulary, np.int32))
 
 
@@ -106,6 +121,15 @@ def _place(tables: RowTables, row: Array, bias_Y: Array, tallies_Y: Array) -> Ro
         bias=tables.bias.at[row].set(bias_Y, mode="drop"),
         tallies=tables.tallies.at[row].set(tallies_Y, mode="drop"),
     )
+
+
+@partial(jax.jit, donate_argnums=(0,))
+def _place_mask(tables: RowTables, row: Array, words_M: Array, ids: Array, values: Array) -> RowTables:
+    """A row past the end is dropped, and so is an id."""
+    bits_M32 = words_M[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None] & 1
+    bits_Y = bits_M32.reshape(-1)[: tables.bias.shape[1]]
+    bias_Y = jnp.where(bits_Y == 1, 0.0, -jnp.inf).astype(jnp.float32).at[ids].add(values, mode="drop")
+    return replace(tables, bias=tables.bias.at[row].set(bias_Y, mode="drop"))
 
 
 def shape_logits(logits: Float[Array, "B Y"], rows: SamplingRows, tables: RowTables) -> Float[Array, "B Y"]:

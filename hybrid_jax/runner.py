@@ -19,11 +19,12 @@ from hybrid_jax.buckets import Bucket, Ladders, make_ladders, round_up
 from hybrid_jax.cache import allocate
 from hybrid_jax.canary import Beliefs, empty_stamps
 from hybrid_jax.config import CHUNK_TOKENS
-from hybrid_jax.programs import DeviceMemory, Drawn, StepPlan, decode_loop, mixed_step, score
+from hybrid_jax.programs import DeviceMemory, Drawn, StepPlan, decode_loop, mixed_step, score, score_following
 from hybrid_jax.request import Request, TokenLogprobs
 from hybrid_jax.routing import Routing, keeps_pages
-from hybrid_jax.row_tables import empty_tables, place_nothing, place_row, row_contents
+from hybrid_jax.row_tables import empty_tables, place_mask, place_nothing, place_row, row_contents
 from hybrid_jax.sampling import pack
+from hybrid_jax.sharding import OneDevice, Placement
 from hybrid_jax.step import RowResult, RowStep, Step, StepResult
 from kernels_pallas.op import Content, RaggedBatch, check_batch, host_batch
 from models.decoder import Decoder
@@ -85,17 +86,23 @@ class Runner:
         sizes: RunnerSizes,
         eos_token_ids: Sequence[int],
         precision: str | None,
+        placement: Placement | None = None,
     ):
+        placement = placement or OneDevice()
         graph, self._state = nnx.split(model)
         self._sizes, self._eos, self._precision = sizes, tuple(eos_token_ids), precision
         self._vocabulary = model.logits_width
-        self._allocate = partial(_allocate, model, routing, sizes, self._vocabulary)
+        make = partial(_allocate, model, routing, sizes, self._vocabulary)
+        self._allocate = partial(placement.allocate, make, model.specs)
         self._memory = self._allocate()
         self.ladders = _ladders(routing, sizes)
-        self._mixed = jax.jit(partial(mixed_step, graph, page_size=sizes.page_size), donate_argnums=(1,))
+        self._mixed = placement.program(partial(mixed_step, graph, page_size=sizes.page_size), model, 3)
         loop = partial(decode_loop, graph, loops=sizes.loops, grid=sizes.grid, page_size=sizes.page_size)
-        self._decode = jax.jit(loop, donate_argnums=(1,))
-        self._score = jax.jit(partial(score, graph), donate_argnums=(1,))
+        self._decode = placement.program(loop, model, 2)
+        self._score = placement.program(partial(score, graph), model, 2)
+        following = partial(score_following, graph, block=CHUNK_TOKENS)
+        self._score_following = placement.program(following, model, 3)
+        self._scorers: dict[int, Callable[..., Any]] = {}
         self._programs: dict[Bucket, Callable[..., Any]] = {}
         self._padding: dict[Bucket, Padding] = {}
         self._ready = False
@@ -108,6 +115,11 @@ class Runner:
             list(pool.map(self._program, self.ladders.all()))
         self._memory = replace(self._memory, tables=place_nothing(self._memory.tables))
         self._ready = True
+
+    def compile_scorers(self) -> None:
+        """Compile what `score_prompt` runs; before `compile_all`, for it not to count as compiled after ready."""
+        for size in self._score_sizes:
+            self._scorer(size)
 
     def submit(self, step: Step) -> Ticket:
         """Start a step. Its rows must be as `Step` says; every index is checked before it goes to the device.
@@ -147,21 +159,49 @@ class Runner:
     def score(self, token_ids: Sequence[int], slot: int, pages: Sequence[int]) -> np.ndarray:
         """The logits `[T, Y]`, float32, after each of the tokens of one new request, which has a slot and pages."""
         parts: list[np.ndarray] = []
-        most = max(self._sizes.step_tokens // CHUNK_TOKENS * CHUNK_TOKENS, CHUNK_TOKENS)
-        table = np.zeros((1, round_up(max(len(pages), 1), self.ladders.pages)), np.int32)
-        table[0, : len(pages)] = pages
+        width, most = round_up(max(len(pages), 1), self.ladders.pages), self._score_sizes[-1]
         for start in range(0, len(token_ids), most):
             piece = token_ids[start : start + most]
-            packed = np.zeros(round_up(len(piece), self.ladders.tokens), np.int32)
-            packed[: len(piece)] = piece
-            one, none = np.array([slot]), np.zeros(1)
-            ends = np.array([0, len(piece)])
-            batch = host_batch(ends, np.array([start]), 0, (one, one, none), none, table, "mixed")
-            check_batch(batch, len(packed), self._sizes.slots, self._sizes.pages, self._sizes.page_size)
+            packed = _column(piece, round_up(len(piece), self.ladders.tokens))
+            batch = self._lone_batch(len(piece), start, slot, pages, width, len(packed))
             with jax.default_matmul_precision(self._precision):
                 self._memory, logits = self._score(self._state, self._memory, packed, batch)
             parts.append(np.asarray(logits)[: len(piece)])
         return np.concatenate(parts)
+
+    def score_prompt(
+        self, token_ids: Sequence[int], asked: int, slot: int, pages: Sequence[int]
+    ) -> tuple[TokenLogprobs, ...]:
+        """The log-probability of each token after the first, with those of the `asked` likeliest ones at its place."""
+        found: list[TokenLogprobs] = []
+        most, width = self._score_sizes[-1], self.ladders.pages[-1]
+        for start in range(0, len(token_ids), most):
+            piece, following = token_ids[start : start + most], token_ids[start + 1 : start + most + 1]
+            size = round_up(len(piece), self._score_sizes)
+            batch = self._lone_batch(len(piece), start, slot, pages, width, size)
+            arguments = (_column(piece, size), _column(following, size), batch)
+            self._memory, logprobs = self._scorer(size)(self._state, self._memory, *arguments)
+            chosen, top, ids = (np.asarray(array)[: len(following)] for array in logprobs)
+            listed = zip(following, chosen.tolist(), ids[:, :asked].tolist(), top[:, :asked].tolist(), strict=True)
+            found += [TokenLogprobs(one, value, tuple(zip(i, v, strict=True))) for one, value, i, v in listed]
+        return tuple(found)
+
+    @property
+    def _score_sizes(self) -> tuple[int, ...]:
+        """Packed tokens of the programs that score: two at most, as each is compiled before it is needed."""
+        most = max(self._sizes.step_tokens // CHUNK_TOKENS, 1)
+        return tuple(sorted({max(most // 8, min(most, 8)) * CHUNK_TOKENS, most * CHUNK_TOKENS}))
+
+    def _lone_batch(
+        self, length: int, seen: int, slot: int, pages: Sequence[int], width: int, size: int
+    ) -> RaggedBatch:
+        """The batch of a piece of one request that nobody else runs beside."""
+        table = np.zeros((1, width), np.int32)
+        table[0, : len(pages)] = pages
+        one, none = np.array([slot]), np.zeros(1)
+        batch = host_batch(np.array([0, length]), np.array([seen]), 0, (one, one, none), none, table, "mixed")
+        check_batch(batch, size, self._sizes.slots, self._sizes.pages, self._sizes.page_size)
+        return batch
 
     def reset(self) -> None:
         """Start again with an empty memory. The old one goes first: there is no room for both."""
@@ -189,6 +229,19 @@ class Runner:
                 lowered = function.lower(self._state, self._memory, *arguments)
                 found = lowered.compile(compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
             self._programs[bucket] = found
+            self.compilations += 1
+            self.compiled_after_ready += self._ready
+        return found
+
+    def _scorer(self, size: int) -> Callable[..., Any]:
+        found = self._scorers.get(size)
+        if found is None:
+            batch = self._lone_batch(0, 0, 0, (), self.ladders.pages[-1], size)
+            with jax.default_matmul_precision(self._precision):
+                tokens = np.zeros(size, np.int32)
+                lowered = self._score_following.lower(self._state, self._memory, tokens, tokens, batch)
+                found = lowered.compile(compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
+            self._scorers[size] = found
             self.compilations += 1
             self.compiled_after_ready += self._ready
         return found
@@ -243,10 +296,13 @@ class Runner:
     def _place(self, step: Step) -> None:
         """Put what a fresh row brings along into the tables, where its logits are shaped by it."""
         for row in step.rows:
-            if row.fresh and row.request.params.shaped:
-                request = row.request
+            request = row.request
+            if row.fresh and request.shaped:
                 contents = row_contents(request.params, request.prompt_token_ids, row.placed, self._vocabulary)
                 tables = place_row(self._memory.tables, row.row, *contents)
+                self._memory = replace(self._memory, tables=tables)
+            if row.draws and request.constraint is not None:
+                tables = place_mask(self._memory.tables, row.row, request.constraint.mask(), request.params)
                 self._memory = replace(self._memory, tables=tables)
 
     def _count(self, step: Step, bucket: Bucket) -> None:

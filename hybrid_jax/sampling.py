@@ -115,7 +115,7 @@ def pack(
         token_limit=column([r.token_limit for r in requests], 0, np.int32),
         stop_ids=_stop_ids(requests, padded_rows, eos_token_ids),
         row=column(_table_rows(requests, rows), 0, np.int32),
-        shaped=column([p.shaped for p in params], False, np.bool_),
+        shaped=column([r.shaped for r in requests], False, np.bool_),
         presence=column([p.presence_penalty for p in params], 0.0, np.float32),
         frequency=column([p.frequency_penalty for p in params], 0.0, np.float32),
         repetition=column([p.repetition_penalty for p in params], 1.0, np.float32),
@@ -125,7 +125,7 @@ def pack(
 
 def _table_rows(requests: Sequence[Request], rows: Sequence[int] | None) -> Sequence[int]:
     if rows is None:
-        if any(request.params.shaped for request in requests):
+        if any(request.shaped for request in requests):
             raise ValueError("wanted the table row of each request with penalties, bias or allowed tokens: pass rows")
         return [0] * len(requests)
     if len(rows) != len(requests) or len(set(rows)) != len(rows) or min(rows, default=1) < 1:
@@ -219,6 +219,12 @@ def token_logprobs(logits: Float[Array, "B Y"], tokens: Int[Array, "B"], rows: S
     asks_B = (rows.logprobs >= 0) & (tokens != NO_TOKEN)
     nothing = _no_logprobs(len(tokens))
     return jax.lax.cond(jnp.any(asks_B), _logprobs, lambda *_: nothing, logits.astype(jnp.float32), tokens, asks_B)
+
+
+def given_logprobs(logits: Float[Array, "B Y"], tokens: Int[Array, "B"]) -> Logprobs:
+    """As `token_logprobs`, for tokens that were given: every row asks. Raises ValueError as that does."""
+    _check_vocabulary(logits)
+    return _logprobs(logits.astype(jnp.float32), tokens, jnp.ones(tokens.shape, bool))
 
 
 def _logprobs(logits_BY: Array, tokens_B: Array, asks_B: Array) -> Logprobs:

@@ -255,7 +255,7 @@ class Scheduler:
     def _loops(self) -> int:
         """Tokens a row may draw in one step: one where a prompt is on its way or the host must see every token."""
         waits = any(entry.prefilling and entry.ended is None for entry in self.running)
-        looks = any(entry.request.params.stop for entry in self.running if entry.decodable)
+        looks = any(entry.request.watched for entry in self.running if entry.decodable)
         return 1 if waits or looks else self.limits.loops
 
     def _ahead(self, entry: Entry, loops: int) -> int:
@@ -332,7 +332,7 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------------------- results
 
     def _take_in(self, entry: Entry, row: RowStep, done: RowResult) -> None:
-        entry.drawn += done.tokens
+        entry.take(done.tokens)
         reason = FINISH_REASONS[done.reason]
         if reason == "error":
             entry.ended = reason  # even of a request that was aborted: nothing of it may get into the cache any more

@@ -17,7 +17,14 @@ from typing import Any
 
 import tokenizers
 
-from hybrid_jax.chat_template import SPECIAL_TOKEN_NAMES, TEMPLATE_BYTES, ChatTemplate, Scalar, compile_template
+from hybrid_jax.chat_template import (
+    SPECIAL_TOKEN_NAMES,
+    TEMPLATE_BYTES,
+    ChatTemplate,
+    Scalar,
+    Template,
+    compile_template,
+)
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILE_BYTES = 256 * 2**20
@@ -39,7 +46,7 @@ class Tokenizer:
     backend: tokenizers.Tokenizer = field(repr=False)  # a vocabulary is no message
     eos_token_ids: tuple[int, ...]
     special_ids: frozenset[int]
-    chat_template: ChatTemplate | None
+    chat_template: Template | None
 
     @staticmethod
     def find(directory: Path) -> "Tokenizer | None":
@@ -253,11 +260,15 @@ class Detokenizer:
 
     Works on bytes, so that each token costs the same however long the stream: a character is given out with the token
     that completes it. All that `push` and `finish` return together is `Tokenizer.decode` of all ids.
+
+    spelled_ids: special tokens that are not skipped.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, spelled_ids: frozenset[int] = frozenset()
+    ):
         self._token_of = tokenizer.backend.id_to_token
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = tokenizer.special_ids - spelled_ids if skip_special_tokens else frozenset()
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Sequence[int]) -> str:

@@ -17,7 +17,7 @@ from hybrid_jax.bench.traffic import Arrival
 from hybrid_jax.buckets import Bucket
 from hybrid_jax.config import CHUNK_TOKENS
 from hybrid_jax.engine import Engine
-from hybrid_jax.request import Request
+from hybrid_jax.request import Request, TokenLogprobs
 from hybrid_jax.runner import Padding, Runner, Ticket
 from hybrid_jax.scheduler import Limits, Scheduler
 from hybrid_jax.step import RowStep, Step, StepResult
@@ -97,6 +97,12 @@ class MeasuredDevice:
     def score(self, token_ids: Sequence[int], slot: int, pages: Sequence[int]) -> Float[np.ndarray, "T Y"]:
         """As the runner's."""
         return self._runner.score(token_ids, slot, pages)
+
+    def score_prompt(
+        self, token_ids: Sequence[int], asked: int, slot: int, pages: Sequence[int]
+    ) -> tuple[TokenLogprobs, ...]:
+        """As the runner's."""
+        return self._runner.score_prompt(token_ids, asked, slot, pages)
 
     def reset(self) -> None:
         """As the runner's."""

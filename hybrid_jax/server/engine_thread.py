@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from hybrid_jax.answer import Answer
 from hybrid_jax.llm import LLM
@@ -24,6 +24,7 @@ from hybrid_jax.step import Progress
 
 log = logging.getLogger("hybrid_jax.server")
 Phase = Literal["compiling", "serving", "draining", "dead"]
+Order = Callable[[], bool]  # says whether it is done
 IDLE_TURN_S = 0.5  # a thread without work still shows that it lives
 LOOK_S = 0.1  # between two looks at the statistics while there is work
 
@@ -120,13 +121,15 @@ class EngineThread:
         self.stats: Stats = llm.stats()
         self.live = 0  # choices that wait or run
         self.most_live = llm.config.max_waiting + llm.memory.max_num_seqs
-        self._llm, self._engine = llm, llm._engine  # the same package: nobody else drives this engine from here on
+        self._llm, self._engine = llm, llm.engine  # nobody else drives it from here on
         self._loop, self._on_death = loop, on_death
         self._beat_s = self._looked_s = time.monotonic()
-        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # bounded by most_live
+        self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()  # bounded by most_live, as the next one
+        self._aborts: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+        self._held: Order | None = None  # one that waits for room, and all behind it with it
         self._lines: dict[str, _Line] = {}  # of the engine's thread alone
         self._mailboxes: set[Mailbox] = set()  # of the event loop alone, as the next one
-        self._admissions: set[asyncio.Future[None]] = set()
+        self._admissions: set[asyncio.Future[Any]] = set()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -176,22 +179,42 @@ class EngineThread:
             raise unavailable(f"{self.most_live} requests run and wait already: try again", "queue_full", "queue_full")
         self.live += len(answers)
         self._mailboxes.add(mailbox)
-        admitted: asyncio.Future[None] = self._loop.create_future()
-        self._admissions.add(admitted)
-        self._orders.put(partial(self._admit, tuple(answers), mailbox, admitted))
         try:
-            await admitted
+            await self._order(partial(self._admit, tuple(answers), mailbox))
         except BaseException:
             self.end(answers, mailbox)
             raise
+
+    async def score(self, prompt: Sequence[int], asked: int) -> tuple[TokenLogprobs, ...]:
+        """The log-probability of each token of a prompt after the first, computed anew between two steps.
+
+        Raises ApiError as `add`, and 400 for a prompt that no pool can hold.
+        """
+        self.require_serving()
+        if self.live >= self.most_live:
+            raise unavailable(f"{self.most_live} requests run and wait already: try again", "queue_full", "queue_full")
+        self.live += 1
+        try:
+            return await self._order(partial(self._score, tuple(prompt), asked))
         finally:
-            self._admissions.discard(admitted)
+            self.live -= 1
+
+    async def _order[Result](self, order: "Callable[[asyncio.Future[Result]], bool]") -> Result:
+        """Wait until the engine's thread has done it."""
+        done: asyncio.Future[Result] = self._loop.create_future()
+        self._admissions.add(done)
+        self._orders.put(partial(order, done))
+        try:
+            return await done
+        finally:
+            self._admissions.discard(done)
 
     def end(self, answers: Sequence[Answer], mailbox: Mailbox) -> None:
         """Forget a request; what of it still runs is aborted."""
         self.live -= len(answers)
         self._mailboxes.discard(mailbox)
-        self._orders.put(partial(self._abort, [answer.request.id for answer in answers]))
+        self._aborts.put([answer.request.id for answer in answers])
+        self._orders.put(_nothing)
 
     def fail_all(self, error: ApiError) -> None:
         """End every request with an error."""
@@ -213,7 +236,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            self._llm.get_ready()
+            self._llm.get_ready(prompt_scores=True)
             self._llm.generate([[0]], SamplingParams(temperature=0, max_tokens=1))  # all parts work together
             self._beat_s = time.monotonic()
             if self.phase == "compiling":
@@ -239,14 +262,34 @@ class EngineThread:
 
     def _take_orders(self) -> None:
         try:
-            if not self._engine.unfinished:
-                self._orders.get(timeout=IDLE_TURN_S)()
-            while True:
-                self._orders.get_nowait()()
+            if self._held is None:
+                idle = not self._engine.unfinished
+                self._held = self._orders.get(timeout=IDLE_TURN_S) if idle else self._orders.get_nowait()
+            while self._held():
+                self._held = None
+                self._held = self._orders.get_nowait()
         except queue.Empty:
-            return
+            pass
+        while not self._aborts.empty():
+            self._abort(self._aborts.get())
 
-    def _admit(self, answers: tuple[Answer, ...], mailbox: Mailbox, admitted: asyncio.Future[None]) -> None:
+    def _score(self, prompt: tuple[int, ...], asked: int, done: asyncio.Future[tuple[TokenLogprobs, ...]]) -> bool:
+        """Score a prompt; False while there is no room for it beside those that run."""
+        if done.done():
+            return True
+        if not self._engine.has_room(len(prompt)):
+            if self._engine.unfinished:
+                return False
+            error = bad_request(f"wanted a prompt that fits the pools, got {len(prompt)} tokens: shorten it")
+            self._loop.call_soon_threadsafe(_settle, done, (), error)
+            return True
+        scores = self._engine.score_prompt(prompt, asked)
+        self._loop.call_soon_threadsafe(_settle, done, scores, None)
+        return True
+
+    def _admit(self, answers: tuple[Answer, ...], mailbox: Mailbox, admitted: asyncio.Future[None]) -> bool:
+        if admitted.done():  # taken back before it was its turn
+            return True
         error: ApiError | None = None
         try:
             for index, answer in enumerate(answers):
@@ -258,7 +301,8 @@ class EngineThread:
             error = bad_request(str(refused))
         if error is not None:
             self._abort([answer.request.id for answer in answers])
-        self._loop.call_soon_threadsafe(_settle, admitted, error)
+        self._loop.call_soon_threadsafe(_settle, admitted, None, error)
+        return True
 
     def _abort(self, ids: list[str]) -> None:
         for request_id in ids:
@@ -275,14 +319,15 @@ class EngineThread:
         return line.mailbox, line.index, piece
 
 
-def _nothing() -> None:
+def _nothing() -> bool:
     """An order that only wakes the thread."""
+    return True
 
 
-def _settle(admitted: "asyncio.Future[None]", error: ApiError | None) -> None:
-    if admitted.done():
+def _settle[Result](done: "asyncio.Future[Result]", result: Result, error: ApiError | None) -> None:
+    if done.done():
         return
     if error is None:
-        admitted.set_result(None)
+        done.set_result(result)
     else:
-        admitted.set_exception(error)
+        done.set_exception(error)

@@ -6,11 +6,12 @@ The same for completions and chat. Knows nothing of the form of answers.
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hybrid_jax.answer import Answer
+from hybrid_jax.constraint import Constraint
 from hybrid_jax.request import SamplingParams, TokenLogprobs, make_request
 from hybrid_jax.server.engine_thread import Mailbox, Piece
 from hybrid_jax.server.errors import ApiError, bad_request
@@ -51,13 +52,17 @@ def sampling_params(
         raise bad_request(str(error)) from None
 
 
+def _free(prompt: list[int]) -> None:
+    """No constraint."""
+
+
 @dataclass
 class Choice:
     """What one choice has given so far."""
 
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -67,11 +72,19 @@ class Generation:
     """The choices of one HTTP request: `start`, then `take` until all are over, and `close` in any case.
 
     prompts: token ids of each; choice i of prompt p has the index p * n + i.
+    constrain: makes what limits the tokens of each choice, from its prompt. spelled_ids: as of `Answer`.
     Raises ApiError 400 for what does not fit the context, the vocabulary or the limits.
     """
 
     def __init__(
-        self, service: Service, record: Record, prompts: Sequence[list[int]], params: SamplingParams, body: Sampling
+        self,
+        service: Service,
+        record: Record,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        body: Sampling,
+        constrain: Callable[[list[int]], Constraint | None] = _free,
+        spelled_ids: frozenset[int] = frozenset(),
     ):
         count = 1 if body.n is None else body.n
         if not 1 <= count <= CHOICES or count * len(prompts) > CHOICES:
@@ -85,6 +98,7 @@ class Generation:
                 raise bad_request("wanted request_id of 1 to 64 letters, digits, - or _", "request_id")
             record.id = body.request_id
         self.service, self.record, self.params, self.id = service, record, params, record.id
+        self._constrain, self._spelled_ids, self._started = constrain, spelled_ids, False
         self.created = int(time.time())
         self.choices = [Choice() for _ in range(count * len(prompts))]
         self.prompt_tokens = sum(map(len, prompts))
@@ -119,14 +133,22 @@ class Generation:
                 choice=index,
                 priority=body.priority,
                 cache_salt=body.cache_salt or "",
+                constraint=self._constrain(prompt),
             )
         except ValueError as error:
             raise bad_request(str(error)) from None
-        return Answer(request, None, llm.tokenizer)
+        return Answer(request, None, llm.tokenizer, self._spelled_ids)
 
     async def start(self) -> None:
         """Hand all choices to the engine; where that fails, none of them."""
         await self.service.engine.add(self._answers, self._mailbox)
+        self._started = True
+
+    def skip(self) -> None:
+        """Generate nothing: every choice is over as it stands."""
+        for choice in self.choices:
+            choice.finish_reason = "length"
+        self.record.end("length")
 
     @property
     def over(self) -> bool:
@@ -140,7 +162,9 @@ class Generation:
         for index, piece in pieces:
             self._count(self.choices[index], piece)
         if any(choice.finish_reason == "error" for choice in self.choices):
-            raise ApiError(500, "the model gave no finite scores for this request", "model_error", "error")
+            raise ApiError(
+                500, "the scores of the model, or the grammar, left no token for this request", "model_error", "error"
+            )
         if self.over:
             self.record.end("+".join(sorted({str(choice.finish_reason) for choice in self.choices})))
         return pieces
@@ -149,7 +173,7 @@ class Generation:
         now = time.monotonic()
         self.record.first_token_s = self.record.first_token_s or now
         self.record.last_token_s = now
-        choice.tokens += len(piece.token_ids)
+        choice.token_ids += piece.token_ids
         choice.cached_tokens = piece.cached_tokens
         choice.finish_reason, choice.stop_reason = piece.finish_reason, piece.stop_reason
         self.record.output_tokens += len(piece.token_ids)
@@ -170,11 +194,13 @@ class Generation:
 
     def close(self) -> None:
         """Take back what still runs."""
-        self.service.engine.end(self._answers, self._mailbox)
+        if self._started:
+            self._started = False
+            self.service.engine.end(self._answers, self._mailbox)
 
     def usage(self) -> dict[str, Any]:
         """So far."""
-        output = sum(choice.tokens for choice in self.choices)
+        output = sum(len(choice.token_ids) for choice in self.choices)
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": output,

@@ -24,10 +24,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),  # without tools there is nothing that could be parallel
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "structural_tag": (),
-    "echo": (False,),
     "suffix": ("",),
     "best_of": (1,),
     "use_beam_search": (False,),
@@ -90,6 +87,12 @@ class Sampling(msgspec.Struct, kw_only=True):
     priority: int = 0
     cache_salt: str | None = None
     request_id: str | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
 
 class CompletionBody(Sampling, kw_only=True):
@@ -98,6 +101,7 @@ class CompletionBody(Sampling, kw_only=True):
     prompt: str | list[Any]
     logprobs: int | None = None
     add_special_tokens: bool = True
+    echo: bool = False
 
 
 class ChatBody(Sampling, kw_only=True):
@@ -109,6 +113,9 @@ class ChatBody(Sampling, kw_only=True):
     top_logprobs: int | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True):
@@ -120,6 +127,7 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
 
 
 class DetokenizeBody(msgspec.Struct, kw_only=True):

@@ -4,16 +4,20 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from starlette.requests import Request
 
 from hybrid_jax.llm import LLM
+from hybrid_jax.server.dialects import THINK_CLOSE, Dialect, find_dialect
 from hybrid_jax.server.engine_thread import EngineThread
 from hybrid_jax.server.errors import ApiError, bad_request
+from hybrid_jax.server.grammars import Grammars
 from hybrid_jax.server.metrics import Metrics
 from hybrid_jax.server.record import Record
 from hybrid_jax.server.settings import ServerConfig
+from hybrid_jax.server.template_process import IsolatedTemplate
 from hybrid_jax.tokenizer import Tokenizer
 
 TEXT_THREADS = 2
@@ -29,13 +33,36 @@ class Service:
     metrics: Metrics
     started: int = field(default_factory=lambda: int(time.time()))
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(TEXT_THREADS, "text"))
+    grammar_pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(TEXT_THREADS, "grammar"))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's, with its template rendered elsewhere. Raises ApiError 400 where the checkpoint has none."""
+        found = self.llm.tokenizer
+        if found is None:
+            raise bad_request("the checkpoint has no tokenizer: send prompts as token ids", "prompt")
+        template = found.chat_template
+        return found if template is None else replace(found, chat_template=IsolatedTemplate(template))
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Compiled grammars. Raises as `tokenizer`."""
+        return Grammars(self.tokenizer, self.llm.model_config.vocabulary, self.llm.eos_token_ids)
+
+    @cached_property
+    def thinks(self) -> bool:
+        """Whether the chat template knows of thinking."""
+        return THINK_CLOSE in self._template
+
+    @cached_property
+    def dialect(self) -> Dialect | None:
+        """How the model spells calls, as far as its chat template says."""
+        return find_dialect(self._template)
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        """Raises ApiError 400 where the checkpoint has none."""
-        if self.llm.tokenizer is None:
-            raise bad_request("the checkpoint has no tokenizer: send prompts as token ids", "prompt")
-        return self.llm.tokenizer
+    def _template(self) -> str:
+        tokenizer = self.llm.tokenizer
+        return tokenizer.chat_template.source if tokenizer and tokenizer.chat_template else ""
 
     async def off_loop[Result](self, work: Callable[[], Result]) -> Result:
         """Do what takes time (tokenizing, templates) in a thread. A ValueError becomes ApiError 400."""

@@ -9,6 +9,7 @@ BODY_IDLE_S = 30.0
 HEADER_BYTES = 64 * 2**10
 PROMPTS = 128
 MESSAGES = 4096
+TOOLS = 128
 CHOICES = 128
 CHARACTERS_PER_TOKEN = 16  # a text longer than this many times the context is refused before it is tokenized
 KEEP_ALIVE_S = 15.0

@@ -47,6 +47,14 @@ def completion_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs], 
     }
 
 
+def prompt_logprobs(tokenizer: Tokenizer, prompt: Sequence[int], entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    """The same of a prompt, with `entries` for all but its first token, of which nothing can be said."""
+    first = token_text(tokenizer, prompt[0])
+    rest = completion_logprobs(tokenizer, entries, len(first))
+    before = {"tokens": [first], "token_logprobs": [None], "top_logprobs": [None], "text_offset": [0]}
+    return {name: before[name] + rest[name] for name in before}
+
+
 def _top(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[str, float]:
     """By text; of two ids with the same text the likelier one. The chosen token is always among them."""
     found: dict[str, float] = {}

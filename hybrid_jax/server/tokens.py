@@ -12,6 +12,7 @@ from hybrid_jax.server.messages import encode_messages
 from hybrid_jax.server.schema import DetokenizeBody, TokenizeBody
 from hybrid_jax.server.service import Service, service_of
 from hybrid_jax.server.settings import CHARACTERS_PER_TOKEN
+from hybrid_jax.server.tools import offered_tools
 
 
 async def tokenize(request: Request) -> Response:
@@ -26,7 +27,13 @@ async def tokenize(request: Request) -> Response:
 
 def _encode(service: Service, body: TokenizeBody) -> list[int]:
     if body.prompt is None and body.messages is not None:
-        return encode_messages(service, body.messages, body.add_generation_prompt, body.chat_template_kwargs)
+        return encode_messages(
+            service,
+            body.messages,
+            offered_tools(service, body.tools),
+            body.add_generation_prompt,
+            body.chat_template_kwargs,
+        )
     if body.prompt is None or body.messages is not None:
         raise bad_request("wanted either prompt or messages: send one of them", "prompt")
     longest = service.llm.max_model_len * CHARACTERS_PER_TOKEN

@@ -41,9 +41,9 @@ def make_llm():
     return types.SimpleNamespace(
         config=types.SimpleNamespace(max_waiting=2),
         memory=types.SimpleNamespace(max_num_seqs=2),
-        _engine=engine,
+        engine=engine,
         stats=engine.stats,
-        get_ready=lambda: None,
+        get_ready=lambda prompt_scores: None,
         generate=lambda prompts, params: None,
     )
 
@@ -90,7 +90,7 @@ def test_a_request_of_which_a_part_finds_no_place_leaves_nothing_behind():
         with pytest.raises(ApiError) as never:
             await thread.add(make_answers(5), Mailbox())
         assert never.value.status == 400 and thread.live == 0
-        assert not llm._engine.unfinished
+        assert not llm.engine.unfinished
         await asyncio.to_thread(thread.stop)
 
     asyncio.run(story())
