@@ -18,6 +18,7 @@ from rich.console import Console
 from hybrid_jax import convert as conversion
 from hybrid_jax import inspection
 from hybrid_jax import plan as planning
+from hybrid_jax.batch.command import batch
 from hybrid_jax.bench.verbs import Benches
 from hybrid_jax.config import Backend, Dtype, EngineConfig
 from hybrid_jax.hub import find_model
@@ -191,11 +192,45 @@ def plan(
     )
     memory_bytes = planning.device_bytes(hbm_gib, devices)
     built = planning.build(find_model(model, CONFIG_ONLY), dtype, backend)
+    layout = planning.plan_layout(built, devices)
     found = plan_memory(planning.measure(built, devices), memory_bytes, limits)
     if json:
-        print(_dump(planning.to_json(found, built.routing, devices)))
+        print(_dump(planning.to_json(found, built.routing, layout)))
         return
-    planning.render(found, built.routing, devices, f"{model}, {devices} x {hbm_gib:g} GiB", Console())
+    planning.render(found, built.routing, layout, f"{model}, {devices} x {hbm_gib:g} GiB", Console())
+
+
+def aot(
+    model: Model,
+    /,
+    topology: str,
+    json: bool = False,
+    engine: Annotated[EngineConfig, tyro.conf.arg(name="")] = DEFAULT_ENGINE,
+) -> None:
+    """Compile the decode and the prefill step for TPUs that are not there, and print whether they fit and their cost.
+
+    Nothing is loaded; the config is enough. Needs the extra 'tpu'. Ends with 0 where they fit, and with 1 where not.
+
+    Args:
+        model: a checkpoint directory, a config.json, owner/name of a hub repository, or 'demo'.
+        topology: of the slice, such as v5e:4x4, v5p:2x2x4, v6e:4x4 or tpu7x:2x2x1; its first devices, as many as
+            tensor-parallel and expert-parallel make, divide the model.
+        json: print one JSON object instead of a table.
+        engine: how an engine would run the model.
+    """
+    from hybrid_jax import aot_report  # an extra: other verbs run without it
+    from hybrid_jax.aot import NoRoom, compile_steps
+
+    try:
+        found = compile_steps(find_model(model, CONFIG_ONLY), model, topology, engine)
+    except NoRoom as error:
+        print(_dump({"fits": False, "reason": str(error)}) if json else f"It does NOT fit: {error}")
+        raise SystemExit(1) from None
+    if json:
+        print(_dump(found.to_json()))
+    else:
+        aot_report.render(found, Console())
+    raise SystemExit(0 if found.fits else 1)
 
 
 def serve(
@@ -274,8 +309,10 @@ def bench(what: Annotated[Benches, tyro.conf.arg(name="")]) -> None:
 VERBS: dict[str, Callable[..., None]] = {
     "routing": routing,
     "plan": plan,
+    "aot": aot,
     "generate": generate,
     "serve": serve,
+    "batch": batch,
     "convert": convert,
     "inspect": inspect,
     "verify": verify,

@@ -18,7 +18,7 @@ PACKAGES = ("kernels_pallas", "models", "hybrid_jax")
 LAYERS = (*PACKAGES, "scripts")  # imports go from the right to the left
 HOST_WING = (
     *("config", "request", "step", "pool", "prefix_tree", "prefix_cache", "entry", "scheduler", "memory", "buckets"),
-    "stats",
+    *("stats", "constraint"),
 )
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "orbax", "optax", "models", "kernels_pallas"}
 LOWER_LAYER_LIBRARIES = {
@@ -146,10 +146,10 @@ def libraries_fit_the_layer(root: Path) -> Iterator[str]:
 
 
 def libraries_are_declared(root: Path) -> Iterator[str]:
-    """What the wheel imports is among its dependencies or in the extra `hub` or `serve`."""
+    """What the wheel imports is among its dependencies or in the extra `hub`, `serve` or `ray`."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project.get("optional-dependencies", {})
-    wanted = [*project["dependencies"], *extras.get("hub", []), *extras.get("serve", [])]
+    wanted = [*project["dependencies"], *(each for name in ("hub", "serve", "ray") for each in extras.get(name, []))]
     names = [re.split(r"[^\w-]", requirement)[0] for requirement in wanted]
     declared = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
     for source in sources(root, *PACKAGES):

@@ -12,8 +12,8 @@ from typing import Any
 os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 
-import jax  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
+import jax
+from jax.experimental import topologies
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 

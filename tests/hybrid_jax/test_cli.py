@@ -73,7 +73,7 @@ def test_verify_and_inspect_take_the_demo():
         (["verify"], ""),
         (["frobnicate"], ""),
         (["generate", "demo", "--prompt", "x", "--temperature", "9"], "wanted temperature from 0 to 2"),
-        (["routing", "demo", "--backend", "tpu"], "has no tpu kernel"),
+        (["routing", FOLDER / "lfm2", "--backend", "gpu"], "has no gpu kernel"),
         (["routing", "m[/x]"], "wanted a model directory"),
         (["routing", "x" * 5000], "hybrid-jax:"),
         (["convert", FOLDER / "ling2_5", "/dev/null/x", "--to", "orbax"], "hybrid-jax:"),

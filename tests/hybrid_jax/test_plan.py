@@ -16,7 +16,6 @@ from hybrid_jax import plan as planning
 from hybrid_jax.cache import allocate
 from hybrid_jax.hub import find_model
 from hybrid_jax.memory import GIB, Limits, estimate_temporaries, plan_memory
-from kernels_pallas.op import ArraySpec
 from models.layers import Tally
 from tests.models.reference import FOLDER
 from tests.ragged import make_batch
@@ -79,7 +78,8 @@ def test_a_state_of_a_model_of_four_billion_weighs_50_mb():
     [("Ling-2.6-flash", 12_743), ("Ling-2.5-1T", 25_486), ("Ling-2.6-1T", 25_486), ("Kimi-Linear-48B-A3B", 5_384)],
 )
 def test_break_even(name, tokens):
-    assert planning.break_even_tokens(built(name).routing) == tokens
+    model = built(name)
+    assert planning.break_even_tokens(model.routing, planning.plan_layout(model, 1)) == tokens
 
 
 def test_break_even_of_recurrent_states_alone():
@@ -103,18 +103,14 @@ def test_keys_and_values_divide_down_to_one_head():
     assert (two.request_bytes, eight.request_bytes) == (one.request_bytes // 2, one.request_bytes // 8)
 
 
-def test_a_weight_is_divided_along_one_axis_and_rounded_up():
-    kernel = nnx.Param(jnp.zeros((6, 5, 7)), axes=("model", "heads", "mlp"))
-    whole = nnx.Param(jnp.zeros((6, 5)), axes=("model", None))
-    assert [planning._shard_size(kernel, devices) for devices in (1, 2, 8)] == [210, 6 * 3 * 7, 42]
-    assert planning._shard_size(whole, 4) == 30
+def test_heads_divide_as_far_as_they_go():
+    four, eight = (planning.measure(built("Ling-2.6-flash"), devices) for devices in (4, 8))
+    assert four.request_bytes == eight.request_bytes and eight.weights_bytes < 0.6 * four.weights_bytes
 
 
-def test_an_unknown_memory_is_not_divided_in_silence():
-    odd = ArraySpec("odd", (4,), "float32")
-    assert planning._array_bytes(odd, 1) == 16
-    with pytest.raises(ValueError, match="got 'odd': plan for one device"):
-        planning._array_bytes(odd, 2)
+def test_a_model_that_does_not_divide_is_not_planned_for():
+    with pytest.raises(ValueError, match="wanted 256 expert .* expert_parallel 3: set tensor_parallel to 1, 2 or 4"):
+        planning.measure(built("Ling-2.6-flash"), 3)
 
 
 @pytest.mark.slow
@@ -170,7 +166,7 @@ def test_the_verb_prints_a_table_and_sentences():
 def test_the_verb_says_what_it_assumes_of_several_devices():
     done = run(CONFIGS / "Ling-2.6-1T.json", "--hbm-gib", 141, "--devices", 16, "--no-prefix-caching")
     assert done.returncode == 0, done.stderr
-    assert "Assumed of 16 devices" in done.stdout and "latent pages are whole on each" in done.stdout
+    assert "16 devices divide weights" in done.stdout and "latent pages are whole on each" in done.stdout
     assert "the prefix cache is off" in done.stdout and "be cached" not in done.stdout
 
 
