@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from kernels_pallas.convolution_tpu import convolved, shelve, tail_after
 from kernels_pallas.norm import L2_EPSILON
 from kernels_pallas.op import CHUNK
-from kernels_pallas.scalar_decay_tpu import LANES, TILE, Block, C
+from kernels_pallas.scalar_decay_tpu import LANES, TILE, Block, C, dot
 
 LOG2_E = 1.4426950408889634
 BASE = 16  # side of the blocks that are inverted exactly: two registers hold those of all tokens of a chunk
@@ -49,18 +49,6 @@ def lanes(tile: Index) -> Any:
 def iota(axis: int) -> Array:
     """Row or column numbers of a `[C, C]` tile."""
     return lax.broadcasted_iota(jnp.int32, (C, C), axis)
-
-
-def dot(x: Array, y: Array, x_axis: int = 1, y_axis: int = 0) -> Array:
-    """The product over one axis of each, summed in float32; exact for float32 operands."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-    axes = (((x_axis,), (y_axis,)), ((), ()))
-    return lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
-
-
-def sigmoid(x: Array) -> Array:
-    """One transcendental operation instead of two."""
-    return 0.5 * jnp.tanh(0.5 * x) + 0.5
 
 
 def silu(x: Array) -> Array:

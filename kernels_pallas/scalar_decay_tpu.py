@@ -336,7 +336,7 @@ def sigmoid(x: Array) -> Array:
     return 0.5 * jnp.tanh(0.5 * x) + 0.5
 
 
-def dot(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
+def dot(x: Array, y: Array, x_axis: int = 1, y_axis: int = 0) -> Array:
     """The product over one axis of each, summed in float32; exact for float32 operands."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     axes = (((x_axis,), (y_axis,)), ((), ()))

@@ -26,7 +26,6 @@ from kernels_pallas.delta_tpu import (
     check_widths,
     column,
     convolve,
-    dot,
     each_unrolled,
     finish_heads,
     iota,
@@ -36,14 +35,13 @@ from kernels_pallas.delta_tpu import (
     per_token,
     present,
     scan_heads,
-    sigmoid,
     silu,
     solve,
     unit,
 )
 from kernels_pallas.gdn.xla import GDNWeights
 from kernels_pallas.op import RaggedBatch
-from kernels_pallas.scalar_decay_tpu import LANES, Block, C, Recurrence, Stream, plan
+from kernels_pallas.scalar_decay_tpu import LANES, Block, C, Recurrence, Stream, dot, plan, sigmoid
 from kernels_pallas.scalar_decay_tpu import prefill as run
 
 UNROLLED = 4  # value heads whose chains of products overlap

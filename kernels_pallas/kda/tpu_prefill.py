@@ -30,7 +30,6 @@ from kernels_pallas.delta_tpu import (
     check_widths,
     column,
     convolve,
-    dot,
     each_unrolled,
     finish_heads,
     iota,
@@ -43,7 +42,6 @@ from kernels_pallas.delta_tpu import (
     per_token,
     present,
     scan_heads,
-    sigmoid,
     solve,
     unit,
     with_lower_halves,
@@ -51,7 +49,7 @@ from kernels_pallas.delta_tpu import (
 from kernels_pallas.kda.decay import Decay
 from kernels_pallas.kda.xla import KDAWeights
 from kernels_pallas.op import RaggedBatch
-from kernels_pallas.scalar_decay_tpu import LANES, Block, C, Recurrence, Stream, plan
+from kernels_pallas.scalar_decay_tpu import LANES, Block, C, Recurrence, Stream, dot, plan, sigmoid
 from kernels_pallas.scalar_decay_tpu import prefill as run
 
 UNROLLED = 4  # heads whose chains of products overlap
