@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import jax
 
-LOST = 1  # exit code of a process that another one left alone
+LOST = 1  # exit code of a process that cannot go on
 SILENCE_S = 10  # after which a process counts as gone
 
 
@@ -31,9 +31,10 @@ def join_processes(coordinator: str, count: int, index: int) -> None:
 
 @contextmanager
 def end_together() -> Iterator[None]:
-    """End this process with one line and exit code 1 where a call inside fails because another process is gone.
+    """End one of several processes with one line and exit code 1 where JAX fails inside: the others cannot go on.
 
-    At once, without the clean-up of the interpreter: that would wait for the lost process.
+    At once, without the clean-up of the interpreter: that would wait for a process that is gone. Where JAX itself
+    notices first that another one is gone, it ends this one with a message of its own.
     """
     try:
         yield
@@ -41,6 +42,6 @@ def end_together() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         reason = str(error).strip().split("\n")[0]
-        line = f"process {jax.process_index()} of {jax.process_count()} ends, for another one is gone: {reason}"
+        line = f"process {jax.process_index()} of {jax.process_count()} ends, and so must the others: {reason}"
         print(f"hybrid-jax: {line}", file=sys.stderr, flush=True)
         os._exit(LOST)
