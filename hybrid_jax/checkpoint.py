@@ -2,14 +2,16 @@
 
 A checkpoint must hold exactly what its config asks for: missing, unexpected or doubly published tensors are errors, as
 are shapes that the config does not imply. Parameters are loaded one at a time (from Orbax a few at a time): assembled
-on the host in the dtype that the model wants, then handed to the device. This module knows no family and no mesh.
+on the host in the dtype that the model wants, then handed to the device. A parameter of eight bits has scales beside
+it, under its path with `_scale` behind it. This module knows no family and no mesh.
 """
 
 import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +24,9 @@ from hybrid_jax import orbax_tree
 from hybrid_jax.hf_directory import CONFIG, HFCheckpoint, check_quantization, open_hf, raise_problems, read_config
 from hybrid_jax.orbax_directory import PARAMETERS, OrbaxCheckpoint, is_orbax, open_orbax
 from hybrid_jax.orbax_tree import Leaf
-from hybrid_jax.spelling import FLOATS, INT8, Found, Plan, cut_as_stored, dequantize, entry_problems, fill, match, pick
+from hybrid_jax.quantisation import can_spread, check_scale, round_weights, spread, widen
+from hybrid_jax.spelling import EIGHT_BITS, FLOATS, Found, Plan, cut_as_stored, entry_problems, fill, match, pick
+from models.quantised import SUFFIX
 from models.registry import find_family
 from models.weights import WeightTable
 
@@ -110,7 +114,7 @@ def load(path: Path, state: nnx.State, table: WeightTable, put: Put = put_on_def
     """
     flat = {_dotted(keys): (keys, variable) for keys, variable in nnx.to_flat_state(state)}
     leaves = read_state(state)
-    check_table(table, leaves)
+    check_table(table, set(leaves) - {f"{path}{SUFFIX}" for path in leaves})
     check_quantization(read_config(path))
     read = _read_orbax(open_orbax(path), table, leaves) if is_orbax(path) else _read_hf(open_hf(path), table, leaves)
     loaded = []
@@ -143,18 +147,86 @@ def _read_hf(
 ) -> Iterator[tuple[str, np.ndarray]]:
     plan = cut_as_stored(match(table, checkpoint.names), {name: checkpoint.shape(name) for name in checkpoint.names})
     raise_problems(str(checkpoint.directory), entry_problems(plan, header_leaves(checkpoint), leaves))
+    scales = {name: partial(_read_scale, checkpoint.read, scale) for name, scale in plan.scales.items()}
+    stored = {name: checkpoint.dtype(name) for name in checkpoint.names}
     for found in plan.found:
-        leaf = leaves[found.weight.path]
-        parameter = np.empty(leaf.shape, leaf.dtype)
-        fill(parameter, found.source, _read_floats(checkpoint, found.names, plan.scales))
-        yield found.weight.path, parameter
+        path = found.weight.path
+        leaf, wanted = leaves[path], _wanted_scale(found, leaves, scales, [stored[name] for name in found.names])
+        if wanted is not None:
+            yield path, _assemble(found, leaf, _read(checkpoint, found.names))
+            yield f"{path}{SUFFIX}", _assemble_scale(found, leaf, wanted, scales)
+        else:
+            wide = leaf if f"{path}{SUFFIX}" not in leaves else replace(leaf, dtype=np.dtype(np.float32))
+            parameter = _assemble(found, wide, _read_wide(_read(checkpoint, found.names), found.names, scales))
+            yield from _given(path, parameter, leaves)
 
 
-def _read_floats(checkpoint: HFCheckpoint, names: Iterable[str], scales: Mapping[str, str]) -> Iterator[np.ndarray]:
+def _read(checkpoint: HFCheckpoint, names: Iterable[str]) -> Iterator[np.ndarray]:
     for name in names:
-        tensor = checkpoint.read(name)
-        yield dequantize(tensor, checkpoint.read(scales[name])) if name in scales else tensor
+        yield checkpoint.read(name)
         checkpoint.release(name)
+
+
+# ----------------------------------------------------------------------------------------------- weights of eight bits
+
+
+ReadScale = Callable[[], np.ndarray]
+
+
+def _read_scale(read: Callable[[str], np.ndarray], name: str) -> np.ndarray:
+    return check_scale(name, read(name))
+
+
+def _wanted_scale(
+    found: Found, leaves: Mapping[str, Leaf], scales: Mapping[str, ReadScale], stored: Iterable[np.dtype]
+) -> Leaf | None:
+    """The scales of a parameter that is kept as stored; None for one that is wide, here or there, or cut otherwise."""
+    path = found.weight.path
+    leaf, scale = leaves[path], leaves.get(f"{path}{SUFFIX}")
+    if scale is None or set(stored) != {leaf.dtype} or not set(found.names) <= set(scales):
+        return None
+    shapes = [found.source.tensor_shape(leaf.shape, index) for index in range(len(found.names))]
+    groups = [found.source.tensor_shape(scale.shape, index)[-1] for index in range(len(found.names))]
+    fits = (
+        can_spread(scales[name]().shape, shape, count)
+        for name, shape, count in zip(found.names, shapes, groups, strict=True)
+    )
+    return scale if all(fits) else None
+
+
+def _assemble(found: Found, leaf: Leaf, tensors: Iterable[np.ndarray]) -> np.ndarray:
+    parameter = np.empty(leaf.shape, leaf.dtype)
+    fill(parameter, found.source, tensors)
+    return parameter
+
+
+def _assemble_scale(found: Found, leaf: Leaf, scale: Leaf, scales: Mapping[str, ReadScale]) -> np.ndarray:
+    """The scales of a parameter, from those of its tensors."""
+    source = found.source
+    spreads = (
+        spread(scales[name](), source.tensor_shape(leaf.shape, index), source.tensor_shape(scale.shape, index)[-1])
+        for index, name in enumerate(found.names)
+    )
+    return _assemble(found, scale, spreads)
+
+
+def _read_wide(
+    tensors: Iterable[np.ndarray], names: Iterable[str], scales: Mapping[str, ReadScale]
+) -> Iterator[np.ndarray]:
+    """Tensors as they are stored, but those of eight bits times their scales, in float32."""
+    for name, tensor in zip(names, tensors, strict=True):
+        yield widen(tensor, scales[name]()) if name in scales else tensor
+
+
+def _given(path: str, parameter: np.ndarray, leaves: Mapping[str, Leaf]) -> Iterator[tuple[str, np.ndarray]]:
+    """A wide parameter in the dtype that the model wants, which may be one of eight bits."""
+    leaf, scale = leaves[path], leaves.get(f"{path}{SUFFIX}")
+    if scale is None:
+        yield path, parameter.astype(leaf.dtype, copy=False)
+        return
+    values, factors = round_weights(path, parameter, leaf.dtype, scale.shape)
+    yield path, values
+    yield f"{path}{SUFFIX}", factors
 
 
 # --------------------------------------------------------------------------------------------------- an Orbax directory
@@ -176,8 +248,10 @@ def stored_problems(checkpoint: OrbaxCheckpoint, plan: Plan, leaves: Mapping[str
     for path in sorted(set(stored) & set(leaves)):
         if stored[path].shape != leaves[path].shape:
             problems.append(f"parameter {path}: wanted shape {leaves[path].shape}, got {stored[path].shape}")
-        if stored[path].dtype not in (*FLOATS, *((INT8,) if plan.scales else ())):
-            problems.append(f"parameter {path}: wanted a float, or int8 with scales, got {stored[path].dtype}")
+        if stored[path].dtype not in (*FLOATS, *(EIGHT_BITS if plan.scales else ())):
+            problems.append(
+                f"parameter {path}: wanted a float, or float8_e4m3fn or int8 with scales, got {stored[path].dtype}"
+            )
     problems += [f"tensor {name}: missing beside the Orbax checkpoint" for name in checkpoint.missing(plan.kept)]
     return problems
 
@@ -186,21 +260,24 @@ def _read_orbax(
     checkpoint: OrbaxCheckpoint, table: WeightTable, leaves: Mapping[str, Leaf]
 ) -> Iterator[tuple[str, np.ndarray]]:
     plan = orbax_plan(checkpoint, table)
-    raise_problems(str(checkpoint.directory), stored_problems(checkpoint, plan, leaves))
-    found = {one.weight.path: one for one in plan.found}
-    for group in group_paths({path: checkpoint.stored[path] for path in found}):
-        wanted = {path: checkpoint.stored[path] for path in group}
-        for path, value in orbax_tree.read(checkpoint.parameters, wanted).items():
-            floats = _dequantize_parameter(value, found[path], plan, checkpoint) if value.dtype == INT8 else value
-            yield path, floats.astype(leaves[path].dtype, copy=False)
+    asked = {found.weight.path: leaves[found.weight.path] for found in plan.found}
+    raise_problems(str(checkpoint.directory), stored_problems(checkpoint, plan, asked))
+    scales = {name: partial(_read_scale, checkpoint.read_other, scale) for name, scale in plan.scales.items()}
+    by_path = {one.weight.path: one for one in plan.found}
+    for group in group_paths({path: checkpoint.stored[path] for path in by_path}):
+        stored = {path: checkpoint.stored[path] for path in group}
+        for path, value in orbax_tree.read(checkpoint.parameters, stored).items():
+            found, wanted = by_path[path], _wanted_scale(by_path[path], leaves, scales, [value.dtype])
+            if wanted is not None:
+                yield path, value
+                yield f"{path}{SUFFIX}", _assemble_scale(found, leaves[path], wanted, scales)
+            else:
+                yield from _given(path, _widen_parameter(value, found, scales), leaves)
 
 
-def _dequantize_parameter(value: np.ndarray, found: Found, plan: Plan, checkpoint: OrbaxCheckpoint) -> np.ndarray:
-    """float32 weights of a parameter stored in int8, whose scales are kept as published."""
-    parameter = np.empty(value.shape, np.float32)
-    tensors = (
-        dequantize(pick(value, found.source, index), checkpoint.read_other(plan.scales[name]))
-        for index, name in enumerate(found.names)
-    )
-    fill(parameter, found.source, tensors)
-    return parameter
+def _widen_parameter(value: np.ndarray, found: Found, scales: Mapping[str, ReadScale]) -> np.ndarray:
+    """A parameter as it is stored, but one of eight bits times its scales, in float32."""
+    if value.dtype not in EIGHT_BITS:
+        return value
+    tensors = (pick(value, found.source, index) for index in range(len(found.names)))
+    return _assemble(found, Leaf(value.shape, np.dtype(np.float32)), _read_wide(tensors, found.names, scales))

@@ -8,11 +8,11 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from flax import nnx
 from rich.console import Console
 
 from hybrid_jax import convert as conversion
@@ -20,15 +20,13 @@ from hybrid_jax import inspection
 from hybrid_jax import plan as planning
 from hybrid_jax.batch.command import batch
 from hybrid_jax.bench.verbs import Benches
-from hybrid_jax.config import Backend, Dtype, EngineConfig
+from hybrid_jax.config import Backend, Dtype, EngineConfig, Quantization
 from hybrid_jax.hub import find_model
 from hybrid_jax.llm import LLM
 from hybrid_jax.memory import Limits, plan_memory
 from hybrid_jax.progress import show_progress
-from hybrid_jax.published_config import read_published_config
 from hybrid_jax.request import SamplingParams
-from hybrid_jax.routing import Routing, route_model, summary, to_json, to_table
-from models.registry import find_family
+from hybrid_jax.routing import summary, to_json, to_table
 
 Model = Annotated[str, tyro.conf.Positional]
 Directory = Annotated[Path, tyro.conf.Positional]
@@ -37,7 +35,14 @@ CONFIG_ONLY = ("config.json",)
 DEFAULT_ENGINE = EngineConfig()
 
 
-def routing(model: Model, /, json: bool = False, dtype: Dtype = "bfloat16", backend: Backend = "auto") -> None:
+def routing(
+    model: Model,
+    /,
+    json: bool = False,
+    dtype: Dtype = "bfloat16",
+    backend: Backend = "auto",
+    quantization: Quantization | None = None,
+) -> None:
     """Print the routing of a model: for each role and layer its kind, what it keeps, and who computes it.
 
     Nothing is loaded; the config is enough.
@@ -47,14 +52,17 @@ def routing(model: Model, /, json: bool = False, dtype: Dtype = "bfloat16", back
         json: print one JSON object instead of a table.
         dtype: of weights and caches.
         backend: who computes attention; 'auto' takes the platform's own kernel where there is one.
+        quantization: what weights become on load; unset, they are as stored.
     """
-    found = _read_routing(find_model(model, CONFIG_ONLY), dtype, backend)
+    built = planning.build(find_model(model, CONFIG_ONLY), dtype, backend, quantization)
+    found = built.routing
     if json:
-        print(_dump(to_json(found)))
+        print(_dump(to_json(found) | {"weights": list(built.weights.describe())}))
         return
     console = Console()
     console.print(to_table(found, model))
-    console.print(summary(found), highlight=False, soft_wrap=True)
+    for line in (summary(found), *built.weights.describe()):
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def generate(
@@ -165,6 +173,7 @@ def plan(
     prefix_caching: bool = Limits.prefix_caching,
     dtype: Dtype = "bfloat16",
     backend: Backend = "auto",
+    quantization: Quantization | None = None,
     json: bool = False,
 ) -> None:
     """Print how the memory of each device would be shared out, and what fits. Ends with exit code 2 where it does not.
@@ -185,19 +194,22 @@ def plan(
         prefix_caching: keep states and pages of prompts for later requests.
         dtype: of weights and caches.
         backend: who computes attention; plain XLA needs more temporaries than a kernel.
+        quantization: what weights become on load; unset, they are as stored.
         json: print one JSON object instead of a table.
     """
     limits = Limits(
         max_model_len, max_num_seqs, pages, slots, page_size, max_num_batched_tokens, memory_fraction, prefix_caching
     )
     memory_bytes = planning.device_bytes(hbm_gib, devices)
-    built = planning.build(find_model(model, CONFIG_ONLY), dtype, backend)
+    built = planning.build(find_model(model, CONFIG_ONLY), dtype, backend, quantization)
     layout = planning.plan_layout(built, devices)
     found = plan_memory(planning.measure(built, devices), memory_bytes, limits)
     if json:
         print(_dump(planning.to_json(found, built.routing, layout)))
         return
     planning.render(found, built.routing, layout, f"{model}, {devices} x {hbm_gib:g} GiB", Console())
+    for line in built.weights.describe():
+        print(line)
 
 
 def aot(
@@ -249,7 +261,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, as OpenAI does. Needs the extra 'serve'.
 
-    Ends with 0 after SIGTERM, once running requests are answered, and with 1 when the engine breaks.
+    The port opens at once; /ready tells when the model is loaded and compiled. Ends with 0 after SIGTERM, once running
+    requests are answered, with 1 when the engine breaks, and at once at a second signal, with 128 and its number.
 
     Args:
         model: a checkpoint directory, or 'demo'.
@@ -277,7 +290,7 @@ def serve(
         watchdog_timeout_s=watchdog_timeout_s,
         strict_fields=strict_fields,
     )
-    raise SystemExit(serve_http(_open(model, engine), config))
+    raise SystemExit(serve_http(partial(_open, model, engine), config))
 
 
 def _open(model: str, engine: EngineConfig) -> LLM:
@@ -285,6 +298,9 @@ def _open(model: str, engine: EngineConfig) -> LLM:
         model,
         engine.dtype,
         engine.backend,
+        quantization=engine.quantization,
+        tensor_parallel=engine.tensor_parallel,
+        expert_parallel=engine.expert_parallel,
         max_model_len=engine.max_model_len,
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,
@@ -331,13 +347,6 @@ def main() -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-
-
-def _read_routing(path: Path, dtype: Dtype, backend: Backend) -> Routing:
-    hf = read_published_config(path)
-    family = find_family(hf)
-    config = family.Config.from_hf(hf)
-    return route_model(nnx.eval_shape(lambda: family.Model(config, rngs=nnx.Rngs(0), dtype=dtype, backend=backend)))
 
 
 def _dump(value: Any) -> str:

@@ -7,6 +7,7 @@ CHUNK_TOKENS = 64  # prefill is cut at multiples of this, so that a state does n
 
 Dtype = Literal["bfloat16", "float32"]
 Backend = Literal["auto", "xla", "tpu", "gpu"]
+Quantization = Literal["fp8", "int8"]
 
 
 def step_tokens(asked: int, requests: int) -> int:
@@ -20,6 +21,11 @@ class EngineConfig:
 
     dtype: Dtype = "bfloat16"
     """Dtype of weights and activations; recurrent states are float32 either way. bfloat16 is what checkpoints store."""
+
+    quantization: Quantization | None = None
+    """What weights become on load, with a scale for each output channel; activations stay as they are. None: they stay
+    as stored, but for one thing: a CPU gets those that are stored in eight bits in the dtype above, since it has no
+    product that reads them. A checkpoint that is stored in eight bits can be given no others."""
 
     backend: Backend = "auto"
     """Who computes attention: `auto` takes the platform's own kernel of a kind where there is one, else plain XLA."""
@@ -106,6 +112,9 @@ class EngineConfig:
         for name, value, known in (("dtype", self.dtype, Dtype), ("backend", self.backend, Backend)):
             if value not in get_args(known):
                 raise ValueError(f"wanted {name} of {', '.join(get_args(known))}, got {value!r}")
+        if self.quantization not in (None, *get_args(Quantization)):
+            names = ", ".join(get_args(Quantization))
+            raise ValueError(f"wanted quantization of {names}, or None, got {self.quantization!r}")
 
     def _require(self, name: str, least: int, most: int) -> None:
         value = getattr(self, name)

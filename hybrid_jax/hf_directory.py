@@ -100,17 +100,26 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_quantization(config: Mapping[str, Any]) -> None:
-    """Refuse a quantised format other than int8 weights with one scale per output channel. Raises ValueError."""
+    """Refuse a quantised format other than those of eight bits whose scales belong to weights only. Raises ValueError.
+
+    compressed-tensors states int8 as 'int-quantized' and FP8 as 'float-quantized'; 'fp8' is FP8 in blocks of 128 x
+    128. Activations that a config wants quantised from step to step stay wide; a checkpoint with scales for them is
+    refused where it is read.
+    """
     stated = config.get("quantization_config")
     if stated is None:
         return
     fields = stated if isinstance(stated, dict) else {}
-    method, form = fields.get("quant_method"), fields.get("format")
-    if (method, form) != ("compressed-tensors", "int-quantized"):
-        raise ValueError(
-            "config.json: wanted no quantization_config or the format 'int-quantized' of 'compressed-tensors', got "
-            f"quant_method {method!r}, format {form!r}: this is not implemented"
-        )
+    method, form, block = (fields.get(name) for name in ("quant_method", "format", "weight_block_size"))
+    if method == "compressed-tensors" and form in ("int-quantized", "float-quantized"):
+        return
+    if method == "fp8" and block == [128, 128] and fields.get("activation_scheme") == "dynamic":
+        return
+    raise ValueError(
+        "config.json: wanted no quantization_config, the format 'int-quantized' or 'float-quantized' of "
+        "'compressed-tensors', or 'fp8' with weight_block_size [128, 128] and activation_scheme 'dynamic', got "
+        f"quant_method {method!r}, format {form!r}, weight_block_size {block!r}: this is not implemented"
+    )
 
 
 def raise_problems(where: str, problems: Iterable[str]) -> None:

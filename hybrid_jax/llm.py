@@ -22,10 +22,11 @@ from jaxtyping import Float
 from hybrid_jax import checkpoint
 from hybrid_jax.answer import Answer
 from hybrid_jax.assembly import build_engine, plan_engine, start_line
-from hybrid_jax.config import Backend, Dtype, EngineConfig
+from hybrid_jax.config import Backend, Dtype, EngineConfig, Quantization
 from hybrid_jax.engine import Engine
 from hybrid_jax.hub import find_model
 from hybrid_jax.published_config import read_published_config
+from hybrid_jax.quantisation import keeps_eight_bits, quantise_model
 from hybrid_jax.request import RequestOutput, SamplingParams, make_request
 from hybrid_jax.routing import Routing, route_model
 from hybrid_jax.scheduler import QueueFull
@@ -59,6 +60,7 @@ class LLM:
         dtype: Dtype = EngineConfig.dtype,
         backend: Backend = EngineConfig.backend,
         *,
+        quantization: Quantization | None = EngineConfig.quantization,
         tensor_parallel: int = EngineConfig.tensor_parallel,
         expert_parallel: int = EngineConfig.expert_parallel,
         max_model_len: int | None = EngineConfig.max_model_len,
@@ -79,6 +81,7 @@ class LLM:
         self.config = EngineConfig(
             dtype=dtype,
             backend=backend,
+            quantization=quantization,
             tensor_parallel=tensor_parallel,
             expert_parallel=expert_parallel,
             max_model_len=max_model_len,
@@ -106,10 +109,11 @@ class LLM:
         abstract = nnx.eval_shape(
             lambda: family.Model(self.model_config, rngs=nnx.Rngs(0), dtype=dtype, backend=backend)
         )
-        self._start(str(model), abstract, family.weight_table(self.model_config))
-        self._answers: dict[str, Answer] = {}
-        self._ids, self._left = itertools.count(), deque[Answer]()  # left: to be ended after the step that is made
-        self._driving, self._driver = threading.RLock(), 0  # driver: the thread that makes it
+        table = family.weight_table(self.model_config)
+        self.weights = quantise_model(abstract, self.path, hf, table, quantization, widen=not keeps_eight_bits())
+        self._start(str(model), abstract, table)
+        self._answers, self._ids, self._left = dict[str, Answer](), itertools.count(), deque[Answer]()
+        self._driving, self._next, self._driver = threading.RLock(), threading.RLock(), 0
 
     def _start(self, name: str, abstract: Decoder, table: WeightTable) -> None:
         """Place and plan the model, say so, and load it."""
@@ -117,7 +121,8 @@ class LLM:
         self.routing: Routing = route_model(abstract)
         self.memory = plan_engine(abstract, self.routing, self.model_config.max_positions, self.config)
         self.max_model_len = self.memory.max_model_len
-        print(start_line(name, self.config, self.routing, self.memory), *placement.whole, sep="\n", file=sys.stderr)
+        lines = *placement.whole, *self.weights.describe()
+        print(start_line(name, self.config, self.routing, self.memory), *lines, sep="\n", file=sys.stderr)
         graph, state = nnx.split(abstract)
         loaded = checkpoint.load(self.path, state, table, placement.put)
         self._engine, self._runner = build_engine(
@@ -313,19 +318,24 @@ class LLM:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """The engine, for one thread at a time. If it loses its requests meanwhile, their answers are forgotten."""
-        with self._driving:
-            self._driver = threading.get_ident()
-            try:
-                yield
-                while self._left:
-                    self._forget(self._left.popleft())
-            except BaseException:
-                if not self._engine.unfinished:
-                    self._answers.clear()
-                raise
-            finally:
-                self._driver = 0
+        """The engine, for one thread at a time. If it loses its requests meanwhile, their answers are forgotten.
+
+        Whoever waits for it holds the place of the next, so that the one who had it last stands behind those in line.
+        """
+        with self._next:
+            self._driving.acquire()
+        try:
+            self._driver = threading.get_ident()  # what `_left` holds is ended after its step
+            yield
+            while self._left:
+                self._forget(self._left.popleft())
+        except BaseException:
+            if not self._engine.unfinished:
+                self._answers.clear()
+            raise
+        finally:
+            self._driver = 0
+            self._driving.release()
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         """JAX clamps an id outside the vocabulary in silence, so it is refused here."""

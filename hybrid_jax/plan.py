@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hybrid_jax.config import Backend, Dtype
+from hybrid_jax.config import Backend, Dtype, Quantization
 from hybrid_jax.memory import GIB, MemoryPlan, ModelSizes, format_bytes, parts_bytes
 from hybrid_jax.published_config import read_published_config
+from hybrid_jax.quantisation import Weights, quantise_model
 from hybrid_jax.routing import Routing, keeps_pages, route_model
 from hybrid_jax.sharding import Layout, best_split, lay_out, planned_mesh
 from models.decoder import TARGET, Decoder, Route
@@ -38,15 +39,20 @@ class Model:
     decoder: Decoder
     routing: Routing
     positions: int
+    weights: Weights = Weights({}, 0)
 
 
-def build(path: Path, dtype: Dtype, backend: Backend) -> Model:
-    """The abstract model of a checkpoint directory or config.json."""
+def build(path: Path, dtype: Dtype, backend: Backend, quantization: Quantization | None = None) -> Model:
+    """The abstract model of a checkpoint directory or config.json, its weights as stored or of eight bits if asked for.
+
+    Raises ValueError as `quantise_model`.
+    """
     hf = read_published_config(path)
     family = find_family(hf)
     config = family.Config.from_hf(hf)
     decoder = nnx.eval_shape(lambda: family.Model(config, rngs=nnx.Rngs(0), dtype=dtype, backend=backend))
-    return Model(decoder, route_model(decoder), config.max_positions)
+    weights = quantise_model(decoder, path, hf, family.weight_table(config), quantization)
+    return Model(decoder, route_model(decoder), config.max_positions, weights)
 
 
 def device_bytes(hbm_gib: float, devices: int) -> int:

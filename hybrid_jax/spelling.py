@@ -1,8 +1,8 @@
 """Which published tensors make up which parameter of a checkpoint, and how they are put together.
 
 A family's weight table lists the spellings in which a parameter may be published. Here the names found in a checkpoint
-are matched with it: every parameter in exactly one spelling, every tensor accounted for. An int8 weight in the format
-int-quantized of compressed-tensors brings a second tensor with one scale per row. Reads no files.
+are matched with it: every parameter in exactly one spelling, every tensor accounted for. A weight of eight bits brings
+a second tensor, its scales, whose numbers are the business of `hybrid_jax/quantisation.py`. Reads no files.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,11 +14,13 @@ import numpy as np
 
 from hybrid_jax.hf_directory import raise_problems
 from hybrid_jax.orbax_tree import Leaf
+from models.quantised import BLOCK
 from models.weights import Source, Weight, WeightTable
 
-SCALE = "_scale"  # behind the name of an int8 weight: its scales
+SCALES = ("_scale", "_scale_inv")  # behind the name of a weight of eight bits: its scales, factors in either spelling
 FLOATS = tuple(np.dtype(dtype) for dtype in (jnp.bfloat16, jnp.float16, jnp.float32))
-INT8 = np.dtype(np.int8)
+INT8, FP8 = np.dtype(np.int8), np.dtype(jnp.float8_e4m3fn)
+EIGHT_BITS = (INT8, FP8)
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Found:
 class Plan:
     """Every tensor of a checkpoint accounted for.
 
-    `scales` maps int8 weights to their scales; `left_out` are tensors that the family does not use.
+    `scales` maps weights of eight bits to their scales; `left_out` are tensors that the family does not use.
     """
 
     found: tuple[Found, ...]
@@ -65,10 +67,12 @@ def find_spellings(table: WeightTable, names: Iterable[str]) -> tuple[Plan, list
     used = {name for one in found for name in one.names}
     scales: dict[str, str] = {}
     for canonical, name in by_canonical.items():
-        weight_name = by_canonical.get(canonical.removesuffix(SCALE), "")
         if name in used:
             continue
-        if canonical.endswith(SCALE) and weight_name in used:
+        scaled = [by_canonical.get(canonical.removesuffix(suffix)) for suffix in SCALES if canonical.endswith(suffix)]
+        if weight_name := next((one for one in scaled if one in used), None):
+            if weight_name in scales:
+                problems.append(f"tensors {scales[weight_name]} and {name}: both are scales of {weight_name}")
             scales[weight_name] = name
         else:
             problems.append(f"tensor {name}: unexpected, the config implies no such weight")
@@ -127,12 +131,35 @@ def entry_problems(plan: Plan, entries: Mapping[str, Leaf], leaves: Mapping[str,
             entry, scale = entries[name], plan.scales.get(name)
             if entry.shape != wanted:
                 problems.append(f"tensor {name}: wanted shape {wanted}, got {entry.shape}")
-            if entry.dtype not in ((INT8,) if scale else FLOATS):
-                kind = "int8, since it has scales" if scale else "bfloat16, float16, float32, or int8 with scales"
+            if entry.dtype not in (EIGHT_BITS if scale else FLOATS):
+                some = "bfloat16, float16, float32, or float8_e4m3fn or int8 with scales"
+                kind = "int8 or float8_e4m3fn, since it has scales" if scale else some
                 problems.append(f"tensor {name}: wanted {kind}, got {entry.dtype}")
-            if scale and entries[scale].shape not in (wanted[:-1], (*wanted[:-1], 1)):
-                problems.append(f"tensor {scale}: wanted one scale per row of {wanted}, got {entries[scale].shape}")
+            problems += _scale_problems(scale, entries[scale], wanted) if scale else []
     return problems
+
+
+def _scale_problems(name: str, entry: Leaf, wanted: tuple[int, ...]) -> list[str]:
+    """What is wrong with the scales of a weight of the wanted shape, as far as their header tells."""
+    problems = []
+    if not (is_row_scale(entry.shape, wanted) or entry.shape == block_scale_shape(wanted)):
+        problems.append(
+            f"tensor {name}: wanted one scale per row of {wanted}, got {entry.shape}; nor are these the "
+            f"{block_scale_shape(wanted)} scales of blocks of {BLOCK} x {BLOCK}"
+        )
+    if entry.dtype not in FLOATS:
+        problems.append(f"tensor {name}: wanted scales in bfloat16, float16 or float32, got {entry.dtype}")
+    return problems
+
+
+def is_row_scale(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Whether scales of a shape are one for each row of a weight `[..., out, in]`, or one for all."""
+    return shape in (weight[:-1], (*weight[:-1], 1), (), (1,))
+
+
+def block_scale_shape(weight: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one scale for each block of a weight `[..., out, in]`."""
+    return (*weight[:-2], *(-(-length // BLOCK) for length in weight[-2:]))
 
 
 # -------------------------------------------------------------------------------------------------------------- numbers
@@ -179,8 +206,3 @@ def _stacked(parameter: np.ndarray, source: Source, index: int) -> tuple[np.ndar
     each = Source(("",), pattern, dealt=source.dealt)
     place: tuple[Any, ...] = np.unravel_index(index, source.grid) if source.grid else ()
     return np.moveaxis(parameter, axes, range(len(axes)))[(*place, ...)], each
-
-
-def dequantize(tensor: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """float32 weights from int8 weights `[..., out, in]` and one scale per row, `[..., out]` or `[..., out, 1]`."""
-    return tensor.astype(np.float32) * scale.astype(np.float32).reshape(*tensor.shape[:-1], 1)

@@ -165,7 +165,10 @@ WRONG = {
     "whole numbers": (change(WEIGHT, np.zeros((6, 6), np.int32)), f"{WEIGHT}: wanted bfloat16.*got int32"),
     "float8": (change(WEIGHT, np.zeros((6, 6), ml_dtypes.float8_e4m3fn)), f"{WEIGHT}: wanted.*got float8_e4m3fn"),
     "int8 without scales": (change(WEIGHT, np.zeros((6, 6), np.int8)), f"{WEIGHT}: wanted.*int8 with scales, got int8"),
-    "scales of a float": (change(f"{WEIGHT}_scale", np.zeros(6, np.float32)), f"{WEIGHT}: wanted int8, since it has"),
+    "scales of a float": (
+        change(f"{WEIGHT}_scale", np.zeros(6, np.float32)),
+        f"{WEIGHT}: wanted int8 or float8_e4m3fn",
+    ),
     "missing": (change(WEIGHT, None), f"{WEIGHT}: missing"),
     "unexpected": (change("layers.7.dense.weight", np.zeros(6, np.float32)), "layers.7.dense.weight: unexpected"),
 }

@@ -223,7 +223,15 @@ def test_a_missing_config_is_named(tmp_path: Path) -> None:
         read_config(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("stated", [None, {"quant_method": "compressed-tensors", "format": "int-quantized"}])
+@pytest.mark.parametrize(
+    "stated",
+    [
+        None,
+        {"quant_method": "compressed-tensors", "format": "int-quantized"},
+        {"quant_method": "compressed-tensors", "format": "float-quantized"},
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    ],
+)
 def test_known_quantization_is_accepted(stated: Any) -> None:
     check_quantization({"quantization_config": stated})
     check_quantization({})

@@ -9,7 +9,8 @@ from fake_family import random_tensors, table
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_jax.spelling import Found, Plan, cut_as_stored, dequantize, fill, match, pick
+from hybrid_jax.quantisation import widen
+from hybrid_jax.spelling import Found, Plan, cut_as_stored, fill, match, pick
 from models.weights import Source, Weight
 
 # ------------------------------------------------------------------------------------------------------------- matching
@@ -115,5 +116,5 @@ def test_fill_refuses_another_number_or_shape_of_tensors() -> None:
 def test_scales_of_packed_experts_are_per_expert_and_row() -> None:
     tensor = np.arange(-12, 12, dtype=np.int8).reshape(2, 3, 4)
     scale = np.arange(1, 7, dtype=np.float32).reshape(2, 3)
-    assert np.array_equal(dequantize(tensor, scale), tensor * scale[..., None])
-    assert np.array_equal(dequantize(tensor, scale[..., None]), tensor * scale[..., None])
+    assert np.array_equal(widen(tensor, scale), tensor * scale[..., None])
+    assert np.array_equal(widen(tensor, scale[..., None]), tensor * scale[..., None])
