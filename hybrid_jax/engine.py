@@ -4,6 +4,7 @@ The one place where the schedule, which knows no device, meets the runner, which
 and aborted at any time between two calls of `step`.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from functools import partial
 from typing import Protocol
 
 import numpy as np
+from jax.errors import JaxRuntimeError
 from jaxtyping import Float
 
 from hybrid_jax.buckets import Bucket
@@ -21,7 +23,9 @@ from hybrid_jax.scheduler import Scheduler
 from hybrid_jax.stats import BucketUse, Stats, Units
 from hybrid_jax.step import Progress, Step, StepResult
 
+log = logging.getLogger("hybrid_jax.engine")
 SCORER = "score"  # who holds the slot and the pages while logits are computed
+EXHAUSTED = "RESOURCE_EXHAUSTED"  # how the device says that its memory is full
 REMEMBERED_STEPS = 128  # over which times are averaged
 
 
@@ -63,6 +67,7 @@ class Engine:
         self._flying: deque[Ticket] = deque()
         self._times: deque[tuple[float, float, float]] = deque(maxlen=REMEMBERED_STEPS)
         self._steps = self._generated = self._prompted = 0
+        self._started_over = False  # and no step was done since
 
     def add(self, request: Request) -> None:
         """Put a request in line. Raises as `Scheduler.add`, and for an id that stands for a part of the engine."""
@@ -82,17 +87,38 @@ class Engine:
     def step(self) -> list[Progress]:
         """Start a step if one can run, and take in the oldest that is due.
 
-        If anything interrupts this, every request is dropped and the memory on the device is new.
+        Where the device runs out of memory, all that runs goes back in line, once: it starts again on a device that was
+        emptied, and nothing is lost. If that happens again before a step is done, or if anything else interrupts this,
+        every request is dropped and the memory on the device is new.
         """
-        begin = time.perf_counter()
         try:
-            step = self.scheduler.schedule()
-            if step is not None:
-                self._flying.append(self._device.submit(step))
-            elif not self._flying and self.scheduler.unfinished:
-                raise RuntimeError("the schedule has requests, and nothing that can run: this is a fault of the engine")
-            due = bool(self._flying) and (step is None or len(self._flying) > self._ahead)
-            return self._collect(begin) if due else []
+            return self._step(time.perf_counter())
+        except JaxRuntimeError as error:
+            if self._started_over or not str(error).startswith(EXHAUSTED):
+                self.reset()
+                raise
+            self._start_over(error)
+            return []
+        except BaseException:
+            self.reset()
+            raise
+
+    def _step(self, begin: float) -> list[Progress]:
+        step = self.scheduler.schedule()
+        if step is not None:
+            self._flying.append(self._device.submit(step))
+        elif not self._flying and self.scheduler.unfinished:
+            raise RuntimeError("the schedule has requests, and nothing that can run: this is a fault of the engine")
+        due = bool(self._flying) and (step is None or len(self._flying) > self._ahead)
+        return self._collect(begin) if due else []
+
+    def _start_over(self, error: JaxRuntimeError) -> None:
+        log.warning(f"the device ran out of memory; {len(self.scheduler.running)} requests start again: {error}")
+        self._started_over = True
+        try:
+            self._flying.clear()
+            self.scheduler.start_over()
+            self._device.reset()
         except BaseException:
             self.reset()
             raise
@@ -177,6 +203,7 @@ class Engine:
         self._generated += sum(len(row.tokens) for row in result.rows)
         self._prompted += sum(len(row.tokens) for row in ticket.step.rows)
         end = time.perf_counter()
+        self._started_over = False
         self._times.append((end - begin, end - begin - (waited - planned), waited - planned))
         return progress
 
@@ -187,4 +214,4 @@ def _units(all_units: int, evictable: int, free: int) -> Units:
 
 def _use(bucket: Bucket, padding: Padding) -> BucketUse:
     ratio = 1 - padding.real / padding.padded
-    return BucketUse(bucket.rows, bucket.tokens, bucket.pages, padding.steps, ratio)
+    return BucketUse(bucket.rows, bucket.tokens, bucket.pages, bucket.likeliest, padding.steps, ratio)

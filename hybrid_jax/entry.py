@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from hybrid_jax.config import CHUNK_TOKENS
 from hybrid_jax.prefix_cache import Lease
 from hybrid_jax.request import FinishReason, Request
 
@@ -83,6 +84,24 @@ class Entry:
         if self.prefilling or not self.drawn:
             return self.fed
         return len(self.request.prompt_token_ids) + len(self.drawn) - 1
+
+    def ahead(self, loops: int) -> int:
+        """Tokens that may be drawn in a step of so many loops."""
+        return min(loops, self.request.token_limit - self.planned)
+
+    def piece(self, room: int) -> int:
+        """Prompt tokens to feed in a step: cut at multiples of the chunk only, with one snapshot point at most."""
+        left = self.target - self.fed
+        length = left if left <= room else max(room, 0) // CHUNK_TOKENS * CHUNK_TOKENS
+        if len(self.points) > 1 and self.points[1] <= self.fed + length:
+            length = self.points[1] - CHUNK_TOKENS - self.fed
+        return length
+
+    def rest(self) -> None:
+        """Be one that waits: hold nothing, have nothing planned."""
+        self.row = self.slot = self.read_slot = self.carried = self.carried_at = 0
+        self.target = self.fed = self.planned = self.in_flight = 0
+        self.table, self.page_owners, self.own, self.points, self.lease = [], [], set(), deque(), None
 
 
 class WaitingLine:

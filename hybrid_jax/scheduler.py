@@ -16,7 +16,6 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from operator import attrgetter
 
-from hybrid_jax.config import CHUNK_TOKENS
 from hybrid_jax.entry import Entry, WaitingLine
 from hybrid_jax.pool import Pool
 from hybrid_jax.prefix_cache import Hit, Lease, PrefixCache, snapshot_points
@@ -149,6 +148,16 @@ class Scheduler:
             pool.reset()
         return dropped
 
+    def start_over(self) -> None:
+        """Put what runs back in line, after the device has lost its memory: to go on from the tokens that are known."""
+        alive = [entry for entry in self._entries.values() if entry.ended is None]
+        self.preemptions += len(self.running)
+        self.reset()
+        for entry in alive:
+            entry.rest()
+            self._entries[entry.id] = entry
+            self.waiting.add(entry)
+
     # ---------------------------------------------------------------------------------------------------- admission
 
     def _admit(self) -> None:
@@ -243,7 +252,7 @@ class Scheduler:
         loops = self._loops()
         while True:
             decodes = sorted((entry for entry in self.running if entry.decodable), key=_order)
-            if all(self._grow(entry, entry.fed + self._ahead(entry, loops)) for entry in decodes):
+            if all(self._grow(entry, entry.fed + entry.ahead(loops)) for entry in decodes):
                 return decodes, loops
             if loops > 1:
                 loops = 1
@@ -258,9 +267,6 @@ class Scheduler:
         looks = any(entry.request.watched for entry in self.running if entry.decodable)
         return 1 if waits or looks else self.limits.loops
 
-    def _ahead(self, entry: Entry, loops: int) -> int:
-        return min(loops, entry.request.token_limit - entry.planned)
-
     def _preempt(self, entry: Entry) -> None:
         self.preemptions += 1
         self._publish_fed(entry)
@@ -270,7 +276,7 @@ class Scheduler:
     # ---------------------------------------------------------------------------------------------------------- rows
 
     def _decode_row(self, entry: Entry, loops: int) -> RowStep:
-        ahead = self._ahead(entry, loops)
+        ahead = entry.ahead(loops)
         snapshot = 0
         if self._snapshots and (entry.fed + ahead) // self.cache.grid > entry.fed // self.cache.grid:
             snapshot = entry.carried = entry.carried or self._spare_slot(entry)
@@ -279,7 +285,7 @@ class Scheduler:
     def _prefill_rows(self, room: int) -> list[RowStep]:
         rows = []
         for entry in sorted((e for e in self.running if e.prefilling and e.ended is None), key=_order):
-            length = self._piece(entry, room)
+            length = entry.piece(room)
             if length == 0:
                 continue
             end = entry.fed + length
@@ -289,14 +295,6 @@ class Scheduler:
             rows.append(self._row(entry, entry.span(entry.fed, end), 0, snapshot, snapshot_length))
             room -= length
         return rows
-
-    def _piece(self, entry: Entry, room: int) -> int:
-        """Prompt tokens to feed in a step: cut at multiples of the chunk only, with one snapshot point at most."""
-        left = entry.target - entry.fed
-        length = left if left <= room else max(room, 0) // CHUNK_TOKENS * CHUNK_TOKENS
-        if len(entry.points) > 1 and entry.points[1] <= entry.fed + length:
-            length = entry.points[1] - CHUNK_TOKENS - entry.fed
-        return length
 
     def _row(self, entry: Entry, tokens: tuple[int, ...], ahead: int, snapshot: int, snapshot_length: int) -> RowStep:
         """The entry's share of the step, which counts as done from now on."""
@@ -392,9 +390,7 @@ class Scheduler:
         if entry.row:
             self.rows.give_back(entry.row, entry.id)
             self.running.remove(entry)
-        entry.row = entry.slot = entry.read_slot = entry.carried = entry.carried_at = 0
-        entry.target = entry.fed = entry.planned = 0
-        entry.table, entry.page_owners, entry.own, entry.points, entry.lease = [], [], set(), deque(), None
+        entry.rest()
 
 
 _order = attrgetter("order")

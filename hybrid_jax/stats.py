@@ -16,11 +16,15 @@ class Units:
 
 @dataclass(frozen=True)
 class BucketUse:
-    """A shape of compiled program: how often it ran, and the share of its rows or tokens that was padding."""
+    """A compiled program: its shape, how often it ran, and the share of its rows or tokens that was padding.
+
+    likeliest: it is the one of that shape for rows that all take the likeliest token.
+    """
 
     rows: int
     tokens: int
     pages: int
+    likeliest: bool
     steps: int
     padding_ratio: float
 

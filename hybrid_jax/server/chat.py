@@ -41,7 +41,7 @@ async def chat(request: Request) -> Response:
     spelled_ids = Reply(service, reading).spelled_ids
     generation = Generation(service, record_of(request), [prompt], params, body, constrain, spelled_ids)
     replies = [Reply(service, reading) for _ in generation.choices]
-    await generation.start()
+    await while_connected(request.receive, generation.start())
     if body.stream:
         return EventStream(generation, partial(_events, name=name, body=body, replies=replies))
     try:

@@ -39,7 +39,7 @@ async def complete(request: Request) -> Response:
     if nothing:
         generation.skip()
     else:
-        await generation.start()
+        await while_connected(request.receive, generation.start())
     if body.stream:
         return EventStream(generation, partial(_events, name=name, body=body, echoes=echoes))
     try:

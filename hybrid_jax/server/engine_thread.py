@@ -24,7 +24,8 @@ from hybrid_jax.step import Progress
 
 log = logging.getLogger("hybrid_jax.server")
 Phase = Literal["compiling", "serving", "draining", "dead"]
-Order = Callable[[], bool]  # says whether it is done
+Outcome = Literal["done", "worked", "waits"]  # worked: and that took as long as a step
+Order = Callable[[], Outcome]
 IDLE_TURN_S = 0.5  # a thread without work still shows that it lives
 LOOK_S = 0.1  # between two looks at the statistics while there is work
 
@@ -123,7 +124,8 @@ class EngineThread:
         self.most_live = llm.config.max_waiting + llm.memory.max_num_seqs
         self._llm, self._engine = llm, llm.engine  # nobody else drives it from here on
         self._loop, self._on_death = loop, on_death
-        self._beat_s = self._looked_s = time.monotonic()
+        self._beat_s: float | None = None  # of the last turn
+        self._looked_s = 0.0
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()  # bounded by most_live, as the next one
         self._aborts: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
         self._held: Order | None = None  # one that waits for room, and all behind it with it
@@ -139,11 +141,12 @@ class EngineThread:
         """Begin to compile."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread after its step, and wait for it for a while."""
+    def stop(self, timeout_s: float = 30.0) -> bool:
+        """End the thread after its step, and wait for it for a while; whether it ended."""
         self._stopping = True
         self._orders.put(_nothing)
-        self._thread.join(timeout=30)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def drain(self) -> None:
         """Take no new request."""
@@ -153,7 +156,13 @@ class EngineThread:
     @property
     def beat_age_s(self) -> float:
         """Seconds since the engine's loop last took a turn; 0 while it compiles, which may take long."""
-        return 0.0 if self.phase == "compiling" else time.monotonic() - self._beat_s
+        beat_s = self._beat_s
+        return 0.0 if beat_s is None else time.monotonic() - beat_s
+
+    @property
+    def in_flight(self) -> list[str]:
+        """The requests that the engine works on; of any thread, where the engine's own is stuck or over."""
+        return sorted(self._lines)
 
     def require_serving(self) -> None:
         """Raises ApiError 503 in any other phase."""
@@ -199,7 +208,7 @@ class EngineThread:
         finally:
             self.live -= 1
 
-    async def _order[Result](self, order: "Callable[[asyncio.Future[Result]], bool]") -> Result:
+    async def _order[Result](self, order: "Callable[[asyncio.Future[Result]], Outcome]") -> Result:
         """Wait until the engine's thread has done it."""
         done: asyncio.Future[Result] = self._loop.create_future()
         self._admissions.add(done)
@@ -232,6 +241,11 @@ class EngineThread:
         self.fail_all(ApiError(500, "the engine broke: try again later", "engine_dead", "engine_dead"))
         self._on_death()
 
+    def give_up(self) -> None:
+        """Take the engine for dead, since it does not move any more, and say so to every request."""
+        self.phase = "dead"
+        self.fail_all(ApiError(500, "the engine is stuck: try again later", "engine_dead", "engine_stuck"))
+
     # ------------------------------------------------------------------------------------------- the engine's thread
 
     def _run(self) -> None:
@@ -245,7 +259,7 @@ class EngineThread:
             while not self._stopping:
                 self._turn()
         except BaseException:
-            log.critical(f"the engine broke with these requests in flight: {sorted(self._lines)}", exc_info=True)
+            log.critical(f"the engine broke with these requests in flight: {self.in_flight}", exc_info=True)
             self.phase = "dead"
             self._loop.call_soon_threadsafe(self._die)
 
@@ -256,40 +270,45 @@ class EngineThread:
             pieces = [self._piece(progress) for progress in self._engine.step()]
             if pieces:
                 self._loop.call_soon_threadsafe(self._deliver, pieces)
-        self._beat_s = time.monotonic()
-        if not self._engine.unfinished or self._beat_s - self._looked_s > LOOK_S:
-            self.stats, self._looked_s = self._engine.stats(), self._beat_s
+        self._beat_s = now_s = time.monotonic()
+        if not self._engine.unfinished or now_s - self._looked_s > LOOK_S:
+            self.stats, self._looked_s = self._engine.stats(), now_s
 
     def _take_orders(self) -> None:
-        try:
-            if self._held is None:
-                idle = not self._engine.unfinished
-                self._held = self._orders.get(timeout=IDLE_TURN_S) if idle else self._orders.get_nowait()
-            while self._held():
-                self._held = None
-                self._held = self._orders.get_nowait()
-        except queue.Empty:
-            pass
+        """Wait for an order where there is nothing else to do; then take those that are there, a score at most.
+
+        What comes meanwhile is left for the next turn: requests that run would wait for it.
+        """
+        if self._held is None:
+            idle = not self._engine.unfinished
+            self._held = _next_of(self._orders, IDLE_TURN_S if idle else 0.0)
+        outcome: Outcome = "done"
+        for _ in range(self._orders.qsize() + 1):
+            if self._held is None or outcome != "done":
+                break
+            outcome = self._held()
+            if outcome != "waits":
+                self._held = _next_of(self._orders, 0.0)
         while not self._aborts.empty():
             self._abort(self._aborts.get())
 
-    def _score(self, prompt: tuple[int, ...], asked: int, done: asyncio.Future[tuple[TokenLogprobs, ...]]) -> bool:
-        """Score a prompt; False while there is no room for it beside those that run."""
+    def _score(self, prompt: tuple[int, ...], asked: int, done: asyncio.Future[tuple[TokenLogprobs, ...]]) -> Outcome:
+        """Score a prompt; it waits while there is no room for it beside those that run."""
         if done.done():
-            return True
+            return "done"
         if not self._engine.has_room(len(prompt)):
             if self._engine.unfinished:
-                return False
+                return "waits"
             error = bad_request(f"wanted a prompt that fits the pools, got {len(prompt)} tokens: shorten it")
             self._loop.call_soon_threadsafe(_settle, done, (), error)
-            return True
+            return "done"
         scores = self._engine.score_prompt(prompt, asked)
         self._loop.call_soon_threadsafe(_settle, done, scores, None)
-        return True
+        return "worked"
 
-    def _admit(self, answers: tuple[Answer, ...], mailbox: Mailbox, admitted: asyncio.Future[None]) -> bool:
+    def _admit(self, answers: tuple[Answer, ...], mailbox: Mailbox, admitted: asyncio.Future[None]) -> Outcome:
         if admitted.done():  # taken back before it was its turn
-            return True
+            return "done"
         error: ApiError | None = None
         try:
             for index, answer in enumerate(answers):
@@ -302,7 +321,7 @@ class EngineThread:
         if error is not None:
             self._abort([answer.request.id for answer in answers])
         self._loop.call_soon_threadsafe(_settle, admitted, None, error)
-        return True
+        return "done"
 
     def _abort(self, ids: list[str]) -> None:
         for request_id in ids:
@@ -319,9 +338,17 @@ class EngineThread:
         return line.mailbox, line.index, piece
 
 
-def _nothing() -> bool:
+def _next_of(orders: "queue.SimpleQueue[Order]", timeout_s: float) -> Order | None:
+    """The next order, None where none comes in time."""
+    try:
+        return orders.get(timeout_s > 0, timeout_s)
+    except queue.Empty:
+        return None
+
+
+def _nothing() -> Outcome:
     """An order that only wakes the thread."""
-    return True
+    return "done"
 
 
 def _settle[Result](done: "asyncio.Future[Result]", result: Result, error: ApiError | None) -> None:

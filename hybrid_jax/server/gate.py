@@ -7,26 +7,41 @@ import hashlib
 import hmac
 import logging
 import time
+from collections.abc import Sequence
+from typing import Protocol
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybrid_jax.server.errors import CODES, ApiError
+from hybrid_jax.server.metrics import Metrics
 from hybrid_jax.server.record import Record
-from hybrid_jax.server.service import Service
+from hybrid_jax.server.settings import HEADER_BYTES, HEADERS, ServerConfig
 from hybrid_jax.server.stream import ClientGone
 
 log = logging.getLogger("hybrid_jax.server")
-OPEN_PATHS = ("/health", "/ready")
+OPEN_PATHS = ("/", "/health", "/ready")
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 ROUTE_CHARACTERS = 64  # of a path in the log
+
+
+class Guarded(Protocol):
+    """What stands behind a gate."""
+
+    @property
+    def config(self) -> ServerConfig:
+        """Its settings."""
+
+    @property
+    def metrics(self) -> Metrics:
+        """Its counters."""
 
 
 class Gate:
     """Wraps the routes. Whatever they raise becomes an answer and a reason."""
 
-    def __init__(self, app: ASGIApp, service: Service):
+    def __init__(self, app: ASGIApp, service: Guarded):
         self._app, self._service, self._config = app, service, service.config
         self._keys = [_digest(key.encode()) for key in service.config.api_keys]
 
@@ -79,6 +94,7 @@ class Gate:
             await error.response()(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
+        _check_size(scope["headers"])
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         name = host[: host.index("]") + 1] if "]" in host else host.split(":")[0]
@@ -90,6 +106,18 @@ class Gate:
             fits = [hmac.compare_digest(sent, known) for known in self._keys]  # all of them: no early end
             if not any(fits) or scheme.lower() != "bearer":
                 raise ApiError(401, "the API key is missing or wrong: send Authorization: Bearer …", "invalid_api_key")
+
+
+def _check_size(headers: Sequence[tuple[bytes, bytes]]) -> None:
+    """The parser bounds a head that comes in pieces; one that comes at once is bounded here."""
+    size_bytes = sum(len(name) + len(value) + 4 for name, value in headers)  # a colon, a space and the line's end
+    if len(headers) > HEADERS or size_bytes > HEADER_BYTES:
+        raise ApiError(
+            431,
+            f"wanted at most {HEADERS} headers of {HEADER_BYTES} bytes in all, got {len(headers)} of {size_bytes}:"
+            " send fewer",
+            "headers_too_large",
+        )
 
 
 def _digest(key: bytes) -> bytes:

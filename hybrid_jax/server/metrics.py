@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from hybrid_jax.server.record import Record
-from hybrid_jax.stats import Stats
+from hybrid_jax.stats import BucketUse, Stats
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
@@ -111,8 +111,12 @@ class _EngineMetrics(Collector):
 
     def _padding(self, stats: Stats) -> Metric:
         padding = GaugeMetricFamily("hybrid_jax_padding_ratio", "Padding, by shape", labels=["bucket"])
-        shapes = {f"{use.rows}x{use.tokens}x{use.pages}": use.padding_ratio for use in stats.buckets if use.steps}
+        shapes = {_shape(use): use.padding_ratio for use in stats.buckets if use.steps}
         return _labelled(padding, shapes)
+
+
+def _shape(use: BucketUse) -> str:
+    return f"{use.rows}x{use.tokens}x{use.pages}" + ("-likeliest" if use.likeliest else "")
 
 
 def _labelled[Family: (GaugeMetricFamily, CounterMetricFamily)](family: Family, values: Mapping[str, float]) -> Family:

@@ -8,7 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hybrid_jax.server.errors import RETRY_AFTER_S
+from hybrid_jax.server.errors import RETRY_AFTER_S, ApiError
 from hybrid_jax.server.service import service_of
 
 
@@ -31,10 +31,14 @@ async def health(request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """200 once requests are taken: compiled, one token generated, not shutting down."""
-    phase = service_of(request).engine.phase
-    serving = phase == "serving"
-    body = msgspec.json.encode({"ready": serving, "phase": phase})
-    return Response(body, 200 if serving else 503, _retry(serving), "application/json")
+    engine = service_of(request).engine
+    body: dict[str, str | bool] = {"ready": True, "phase": engine.phase}
+    try:
+        engine.require_serving()
+    except ApiError as error:
+        body |= {"ready": False, "reason": error.message}
+    serving = body["ready"] is True
+    return Response(msgspec.json.encode(body), 200 if serving else 503, _retry(serving), "application/json")
 
 
 async def versions(request: Request) -> Response:

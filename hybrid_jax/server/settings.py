@@ -6,14 +6,16 @@ from pathlib import Path
 
 BODY_BYTES = 8 * 2**20
 BODY_IDLE_S = 30.0
-HEADER_BYTES = 64 * 2**10
+HEAD_S = 10.0  # for all of the head of a request
+HEADER_BYTES = 64 * 2**10  # of all of a request's, as they are sent
+HEADERS = 100
 PROMPTS = 128
 MESSAGES = 4096
 TOOLS = 128
 CHOICES = 128
 CHARACTERS_PER_TOKEN = 16  # a text longer than this many times the context is refused before it is tokenized
 KEEP_ALIVE_S = 15.0
-SLOW_CLIENT_S = 60.0
+SLOW_CLIENT_S = 60.0  # for a client to make room for what it is to be sent
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from hybrid_jax.server.errors import ApiError
 from hybrid_jax.server.generation import Generation
-from hybrid_jax.server.settings import KEEP_ALIVE_S, SLOW_CLIENT_S
+from hybrid_jax.server.settings import KEEP_ALIVE_S
 
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -54,9 +54,6 @@ class EventStream(Response):
         """Run to the end of the answer or of the connection."""
         try:
             await while_connected(receive, self._send_all(send))
-        except TimeoutError:
-            self._generation.record.end("slow_client")
-            raise ClientGone from None
         finally:
             self._generation.close()
 
@@ -73,8 +70,7 @@ class EventStream(Response):
 
 
 async def _send(send: Send, body: bytes) -> None:
-    async with asyncio.timeout(SLOW_CLIENT_S):
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 def _frame(value: Any) -> bytes:

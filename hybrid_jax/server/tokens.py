@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize: the tokenizer over HTTP."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info: the tokenizer over HTTP."""
 
 from functools import partial
 
@@ -52,3 +52,18 @@ async def detokenize(request: Request) -> Response:
         raise bad_request(f"wanted token ids from 0 to {vocabulary - 1}: is it the right model?", "tokens")
     text = await service.off_loop(partial(service.tokenizer.decode, body.tokens, skip_special_tokens=False))
     return Response(msgspec.json.encode({"prompt": text}), media_type="application/json")
+
+
+async def tokenizer_info(request: Request) -> Response:
+    """How the special tokens are spelled, and the chat template: what a client needs to render prompts by itself."""
+    tokenizer = service_of(request).tokenizer
+    template = tokenizer.chat_template
+    named = {} if template is None else template.special_tokens
+    ends = [tokenizer.backend.id_to_token(token) for token in tokenizer.eos_token_ids]
+    answer = {
+        "eos_token": named.get("eos_token", ends[0] if ends else None),
+        "bos_token": named.get("bos_token"),
+        "pad_token": named.get("pad_token"),
+        "chat_template": None if template is None else template.source,
+    }
+    return Response(msgspec.json.encode(answer), media_type="application/json")

@@ -6,6 +6,7 @@ The engine is the real one on the oracle device, so nothing is loaded and nothin
 import gc
 import itertools
 import threading
+import time
 from collections import deque
 from types import SimpleNamespace
 
@@ -27,7 +28,7 @@ def make_llm(**setup):
     llm.tokenizer, llm.max_model_len = None, 400
     llm.model_config = SimpleNamespace(vocabulary=1000)
     llm._answers, llm._ids, llm._left = {}, itertools.count(), deque()
-    llm._driving, llm._driver = threading.RLock(), 0
+    llm._driving, llm._next, llm._driver = threading.RLock(), threading.RLock(), 0
     return llm, device
 
 
@@ -140,3 +141,24 @@ def test_memory_that_cannot_be_made_anew_at_once_can_be_made_later():
     runner._allocate = lambda: DeviceMemory({}, empty_tables(3, 8), None)
     runner.reset()
     assert runner._memory.tables.newest.tolist() == [0, 0, 0]
+
+
+def test_no_thread_keeps_the_engine_while_others_wait_for_it():
+    llm, _ = make_llm()
+    turns, all_there = [], threading.Barrier(3)
+
+    def drive(name):
+        all_there.wait()
+        for _ in range(60):
+            with llm._turn():
+                turns.append(name)
+                time.sleep(0.001)
+
+    threads = [threading.Thread(target=drive, args=(name,)) for name in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    contested = turns[: min(len(turns) - 1 - turns[::-1].index(name) for name in range(3))]
+    streaks = [len(list(streak)) for _, streak in itertools.groupby(contested)]
+    assert len(contested) > 100 and max(streaks) <= 10, streaks

@@ -40,6 +40,20 @@ class Live:
         """The lines of requests for answers."""
         return [line for line in self.log_path.read_text().splitlines() if "route='POST /v1/" in line]
 
+    def reasons(self) -> list[str]:
+        """Why each of them ended."""
+        found = [re.search(r"reason=(\S+)", line) for line in self.log_lines()]
+        return [one[1] for one in found if one is not None]
+
+    def wait_until_ready(self) -> None:
+        """Until it takes requests. One that cannot is ended."""
+        end_s = time.monotonic() + READY_S
+        while not _answers(f"{self.url}/ready"):
+            if self.process.poll() is not None or time.monotonic() > end_s:
+                self.process.kill()
+                raise AssertionError(f"the server did not get ready:\n{self.log_path.read_text()}")
+            time.sleep(0.2)
+
     def wait_until_idle(self) -> None:
         """Until nothing runs, waits or is held by a request."""
         end_s = time.monotonic() + 30
@@ -52,37 +66,35 @@ class Live:
 
 def start(folder: Path, compiled: Path, *flags: str, model: str = "demo") -> Live:
     """A server that is ready. `compiled`: folder of compiled programs, which several servers share."""
+    (folder / "keys").write_text(f"another-key\n{KEY}\n")
+    port = free_port()
+    command = [sys.executable, "-m", "hybrid_jax.cli", "serve", model, "--port", str(port)]
+    command += ["--api-key-file", str(folder / "keys"), "--compilation-cache", str(compiled)]
+    command += ["--decode-steps", "4", "--dtype", "float32"]
+    command += ["--max-num-seqs", "4", "--max-model-len", "256", "--max-num-batched-tokens", "64", "--max-waiting", "8"]
+    live = launch(folder, port, *command, *flags)
+    live.wait_until_ready()
+    return live
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    (folder / "keys").write_text(f"another-key\n{KEY}\n")
+        port: int = free.getsockname()[1]
+    return port
+
+
+def launch(folder: Path, port: int, *command: str) -> Live:
+    """A server that has just been started by a command."""
     log_path = folder / "log"
-    command = [sys.executable, "-m", "hybrid_jax.cli", "serve", model, "--port", str(port)]
-    command += [
-        "--api-key-file",
-        str(folder / "keys"),
-        "--compilation-cache",
-        str(compiled),
-        "--decode-steps",
-        "4",
-        "--dtype",
-        "float32",
-    ]
-    command += ["--max-num-seqs", "4", "--max-model-len", "256", "--max-num-batched-tokens", "64", "--max-waiting", "8"]
     environment = os.environ | {
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     }
     with log_path.open("wb") as log:
-        process = subprocess.Popen([*command, *flags], stdout=log, stderr=log, env=environment)
-    live = Live(process, f"http://127.0.0.1:{port}", log_path)
-    end_s = time.monotonic() + READY_S
-    while not _answers(f"{live.url}/ready"):
-        if process.poll() is not None or time.monotonic() > end_s:
-            process.kill()
-            raise AssertionError(f"the server did not get ready:\n{log_path.read_text()}")
-        time.sleep(0.2)
-    return live
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    return Live(process, f"http://127.0.0.1:{port}", log_path)
 
 
 def _answers(url: str) -> bool:

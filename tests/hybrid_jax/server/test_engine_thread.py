@@ -98,12 +98,11 @@ def test_a_request_of_which_a_part_finds_no_place_leaves_nothing_behind():
 
 def test_a_process_whose_engine_breaks_ends_with_1():
     async def story():
-        process = Process(make_llm(), ServerConfig(names=("m",), port=0))
+        process = Process(make_llm, ServerConfig(names=("m",), port=0))
         running = asyncio.create_task(process.run())
-        engine = process._engine
-        while engine.phase == "compiling":
+        while process._engine is None or process._engine.phase == "compiling":
             await asyncio.sleep(0.01)
-        await engine.add(make_answers(1), Mailbox())
+        await process._engine.add(make_answers(1), Mailbox())
         return await asyncio.wait_for(running, 20)
 
     assert asyncio.run(story()) == 1
@@ -112,10 +111,38 @@ def test_a_process_whose_engine_breaks_ends_with_1():
 def test_an_address_in_use_is_said_before_anything_is_compiled():
     async def story():
         with socket.create_server(("127.0.0.1", 0)) as taken:
-            process = Process(make_llm(), ServerConfig(names=("m",), port=taken.getsockname()[1]))
+            process = Process(make_llm, ServerConfig(names=("m",), port=taken.getsockname()[1]))
             with pytest.raises(ValueError, match="take another port"):
                 await process.run()
-        assert process._engine.phase == "compiling"
+        assert process._engine is None
+
+    asyncio.run(story())
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_process_with_its_reason():
+    def refuse():
+        raise ValueError("wanted weights, got none")
+
+    async def story():
+        process = Process(refuse, ServerConfig(names=("m",), port=0))
+        with pytest.raises(ValueError, match="wanted weights"):
+            await asyncio.wait_for(process.run(), 20)
+
+    asyncio.run(story())
+
+
+def test_what_comes_while_orders_are_taken_waits_for_a_step():
+    async def story():
+        llm, scored = make_llm(), []
+        llm.engine.score_prompt = lambda prompt, asked: scored.append(prompt) or ()
+        thread = EngineThread(llm, asyncio.get_running_loop(), lambda: None)
+        thread.phase = "serving"  # and its own thread does not run: this one takes its turns
+        asking = [asyncio.create_task(thread.score([token], 0)) for token in range(3)]
+        await asyncio.sleep(0)
+        for count in (1, 2, 3):
+            thread._take_orders()
+            assert len(scored) == count
+        assert await asyncio.gather(*asking) == [(), (), ()]
 
     asyncio.run(story())
 
