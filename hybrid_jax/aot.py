@@ -5,10 +5,8 @@ its ladders: the decode loop with all rows, and the step that reads prompts with
 their memory and collectives; times are floors, from bytes and operations, and no promise. Knows no family and no kind.
 """
 
-import importlib
-import pkgutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,9 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-import kernels_pallas
 from hybrid_jax.bench.floors import Moved, decode_moved, prefill_moved
 from hybrid_jax.bench.subject import chosen_experts
 from hybrid_jax.cache import allocate
@@ -30,11 +27,12 @@ from hybrid_jax.memory import Limits, MemoryPlan, ModelSizes, plan_memory
 from hybrid_jax.plan import Model, measure, measure_share
 from hybrid_jax.programs import DeviceMemory, StepPlan, decode_loop, mixed_step
 from hybrid_jax.published_config import read_published_config
+from hybrid_jax.quantisation import quantise_model
 from hybrid_jax.routing import keeps_pages, route_model
 from hybrid_jax.row_tables import empty_tables
 from hybrid_jax.sampling import pack
-from hybrid_jax.sharding import divide, lay_out, make_mesh, planned_mesh
-from kernels_pallas.op import Content, Op, RaggedBatch, host_batch
+from hybrid_jax.sharding import Layout, OneDevice, divide, lay_out, make_mesh, planned_mesh
+from kernels_pallas.op import AUTO_ON_TPU, Content, RaggedBatch, host_batch
 from models.decoder import Decoder
 from models.registry import find_family
 
@@ -50,8 +48,8 @@ class NoRoom(Exception):
 class Subject:
     """An abstract model on the devices that share it.
 
-    state, memory: shapes with shardings. sizes, whole_sizes: of one device of
-    these, and of one that would do alone. notes: what every device has whole though it may divide.
+    state, memory: shapes with shardings, of pools with formats. placement: where they lie. sizes, whole_sizes: of one
+    device of these, and of one that would do alone.
     """
 
     name: str
@@ -63,19 +61,14 @@ class Subject:
     sizes: ModelSizes
     whole_sizes: ModelSizes
     plan: MemoryPlan
+    placement: OneDevice | Layout
     state: nnx.State
     memory: DeviceMemory
-    notes: tuple[str, ...]
 
     @property
     def devices(self) -> int:
         """How many devices share the model."""
         return self.mesh.size
-
-    @property
-    def everywhere(self) -> NamedSharding:
-        """The sharding of what every device has whole."""
-        return NamedSharding(self.mesh, PartitionSpec())
 
 
 @dataclass(frozen=True)
@@ -199,10 +192,11 @@ def prepare(hf: dict[str, Any], name: str, found: Slice, engine: EngineConfig) -
     except ValueError as error:
         raise NoRoom(str(error)) from None
     mesh = make_mesh(found.devices[: split[0] * split[1]], *split)
-    state, memory, notes = _place(model.decoder, mesh, plan)
+    placement = OneDevice(mesh.devices.flat[0]) if mesh.size == 1 else divide(model.decoder, mesh)
     placed = Model(model.decoder, route_model(model.decoder), model.positions)
+    state, memory = _place(model.decoder, placement, plan)
     return Subject(
-        name, found, engine, placed, chosen_experts(hf), mesh, sizes, whole_sizes, plan, state, memory, notes
+        name, found, engine, placed, chosen_experts(hf), mesh, sizes, whole_sizes, plan, placement, state, memory
     )
 
 
@@ -210,21 +204,10 @@ def build(hf: dict[str, Any], engine: EngineConfig) -> Model:
     """The abstract model of a published config as a TPU would run it: 'auto' takes TPU kernels where they fit."""
     family = find_family(hf)
     config = family.Config.from_hf(hf)
-    backend = "xla" if engine.backend == "auto" else engine.backend
+    backend = AUTO_ON_TPU if engine.backend == "auto" else engine.backend
     decoder = nnx.eval_shape(lambda: family.Model(config, rngs=nnx.Rngs(0), dtype=engine.dtype, backend=backend))
-    if engine.backend == "auto":  # which a model chooses for where it is built, and no TPU is here
-        ops = {op.name: op for op in _ops()}
-        for layer in (*decoder.layers, *([] if decoder.draft is None else [decoder.draft.layer])):
-            for mixer in layer.mixers:
-                mixer.backend = ops[mixer.kind].choose("auto", mixer.memory, engine.dtype, "tpu")
-    return Model(decoder, route_model(decoder), config.max_positions)
-
-
-def _ops() -> Iterator[Op]:
-    """The operations of all kinds."""
-    for found in pkgutil.iter_modules(kernels_pallas.__path__, "kernels_pallas."):
-        if found.ispkg:
-            yield from (value for value in vars(importlib.import_module(found.name)).values() if type(value) is Op)
+    weights = quantise_model(decoder, None, hf, family.weight_table(config), engine.quantization)
+    return Model(decoder, route_model(decoder), config.max_positions, weights)
 
 
 def _limits(engine: EngineConfig) -> Limits:
@@ -243,17 +226,12 @@ def _limits(engine: EngineConfig) -> Limits:
 # ------------------------------------------------------------------------------------------------------------- placing
 
 
-def _place(decoder: Decoder, mesh: Mesh, plan: MemoryPlan) -> tuple[nnx.State, DeviceMemory, tuple[str, ...]]:
-    """State and memory as shapes with shardings, and a line for each axis that does not divide."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    if mesh.size == 1:  # as the engine runs it: no operation is divided
-        return _placed(nnx.state(decoder), everywhere), _placed(_abstract_memory(decoder, plan), everywhere), ()
-    layout = divide(decoder, mesh)
-    memory, shardings = _abstract_memory(decoder, plan), layout.memory(decoder.specs)
-    cache = jax.tree.map(_shape, memory.cache, shardings.cache)
-    state = nnx.state(decoder)
-    placed = DeviceMemory(cache, _placed(memory.tables, everywhere), None)
-    return jax.tree.map(_shape, state, layout.weights(state)), placed, layout.whole
+def _place(decoder: Decoder, placement: OneDevice | Layout, plan: MemoryPlan) -> tuple[nnx.State, DeviceMemory]:
+    """State and memory as shapes with shardings and formats."""
+    state, memory = nnx.state(decoder), _abstract_memory(decoder, plan)
+    cache = jax.tree.map(_shape, memory.cache, placement.memory(decoder.specs).cache)
+    tables = _placed(memory.tables, placement.everywhere)
+    return jax.tree.map(_shape, state, placement.weights(state)), DeviceMemory(cache, tables, None)
 
 
 def _abstract_memory(decoder: Decoder, plan: MemoryPlan) -> DeviceMemory:
@@ -285,19 +263,25 @@ def _device_bytes(tree: Any) -> int:
 
 def compile_program(subject: Subject, sort: str) -> Program:
     """Compile the step of one sort, `decode` or `prefill`, at the largest shape of the engine."""
-    function, arguments, shape = _program(subject, sort)
-    count = len(jax.tree.leaves((subject.state, subject.memory, arguments)))
-    precision = "highest" if subject.engine.dtype == "float32" else None
     begin = time.perf_counter()
+    lowered, count, shape = lower_program(subject, sort)
     try:
-        with jax.sharding.use_abstract_mesh(subject.mesh.abstract_mesh), jax.default_matmul_precision(precision):
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, subject.memory), subject.everywhere
-            jitted = jax.jit(function, donate_argnums=(1,), out_shardings=shardings, keep_unused=True)
-            traced = jitted.trace(subject.state, subject.memory, *_placed(arguments, subject.everywhere))
-            compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         return Program(sort, shape, time.perf_counter() - begin, count, refused=_refusal(error))
     return _describe(subject, sort, shape, time.perf_counter() - begin, count, compiled)
+
+
+def lower_program(subject: Subject, sort: str) -> tuple[jax.stages.Lowered, int, str]:
+    """The step of one sort before it is compiled, the number of its arguments, and its shape in words."""
+    function, arguments, shape = _program(subject, sort)
+    count = len(jax.tree.leaves((subject.state, subject.memory, arguments)))
+    precision = "highest" if subject.engine.dtype == "float32" else None
+    inputs = _placed(arguments, subject.placement.everywhere)
+    with jax.sharding.use_abstract_mesh(subject.mesh.abstract_mesh), jax.default_matmul_precision(precision):
+        jitted = subject.placement.program(function, subject.model.decoder, len(arguments), keep_unused=True)
+        traced = jitted.trace(subject.state, subject.memory, *inputs)
+        return traced.lower(lowering_platforms=("tpu",)), count, shape
 
 
 def _program(subject: Subject, sort: str) -> tuple[Callable[..., Any], tuple[Any, ...], str]:
@@ -392,5 +376,5 @@ def _report(subject: Subject, programs: tuple[Program, ...]) -> Report:
         slots_bytes=sum(size for index, size in enumerate(pools) if index not in pages),
         rows_bytes=_device_bytes(subject.memory.tables),
         programs=programs,
-        notes=subject.notes,
+        notes=subject.placement.whole,
     )

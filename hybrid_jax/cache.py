@@ -17,5 +17,5 @@ def allocate(specs: tuple[Memory, ...], routing: Routing, pages: int, slots: int
     pools = []
     for index, spec in enumerate(specs):
         lead = (layers[index], pages, page_size) if type(spec) is KVSpec else (layers[index], slots)
-        pools.append(tuple(jnp.zeros(lead + array.shape, array.dtype) for array in spec.arrays))
+        pools.append(tuple(jnp.zeros(lead + spec.pool_shape(array), array.dtype) for array in spec.arrays))
     return Cache(specs, tuple(pools))

@@ -14,7 +14,7 @@ operation communicates. A sum over heads, inner channels or experts is one all-r
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,9 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.experimental.layout import Format
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float
 
+from hybrid_jax.formats import is_stated, pool_format
 from hybrid_jax.programs import DeviceMemory
 from kernels_pallas.op import CONSTANT, ArraySpec, Cache, KVSpec, Memory, Op
 from models.decoder import Decoder
@@ -94,21 +96,51 @@ class Placement(Protocol):
     def whole(self) -> tuple[str, ...]:
         """The lines."""
 
+    @property
+    def everywhere(self) -> Sharding:
+        """Of what every device has whole."""
+
+    def weights(self, state: nnx.State) -> nnx.State:
+        """The sharding of every weight of a state, which may be abstract, in place of its value."""
+
+    def memory(self, specs: tuple[Memory, ...]) -> DeviceMemory:
+        """The formats of the pools, and the sharding of all else that stays on the devices from step to step."""
+
     def put(self, variable: nnx.Variable, value: np.ndarray) -> jax.Array:
         """A weight on the devices: the `put` of `checkpoint.load`."""
 
     def allocate(self, make: Callable[[], DeviceMemory], specs: tuple[Memory, ...]) -> DeviceMemory:
         """What `make` makes, on the devices."""
 
-    def program(self, function: Callable[..., Any], model: Decoder, inputs: int) -> Any:
-        """A function of weights, memory (donated) and `inputs` more, which gives memory and more, under `jax.jit`."""
+    def program(self, function: Callable[..., Any], model: Decoder, inputs: int, keep_unused: bool = False) -> Any:
+        """A function of weights, memory (donated) and `inputs` more, which gives memory and more, under `jax.jit`.
+
+        keep_unused: whether the program takes arguments that it does not read.
+        """
 
 
 @dataclass(frozen=True)
 class OneDevice:
-    """All on the default device."""
+    """All on one device, which is the default device unless nothing but abstract arrays is placed."""
 
+    device: Any = field(default_factory=lambda: jax.devices()[0])
     whole: tuple[str, ...] = ()
+
+    @property
+    def everywhere(self) -> Sharding:
+        """The device."""
+        return SingleDeviceSharding(self.device)
+
+    def weights(self, state: nnx.State) -> nnx.State:
+        """The device, in place of the value of every weight."""
+        return jax.tree.map(lambda leaf: self.everywhere, state)
+
+    def memory(self, specs: tuple[Memory, ...]) -> DeviceMemory:
+        """The device, and the formats of the pools on it."""
+        pools = tuple(
+            tuple(pool_format(self.everywhere, len(_pool_axes(spec, array))) for array in spec.arrays) for spec in specs
+        )
+        return DeviceMemory(Cache(specs, pools), self.everywhere, self.everywhere)  # type: ignore[arg-type]
 
     def put(self, variable: nnx.Variable, value: np.ndarray) -> jax.Array:
         """A weight on the device."""
@@ -116,11 +148,15 @@ class OneDevice:
 
     def allocate(self, make: Callable[[], DeviceMemory], specs: tuple[Memory, ...]) -> DeviceMemory:
         """What `make` makes."""
-        return make()
+        return jax.jit(make, out_shardings=self.memory(specs))() if is_stated(self.device) else make()
 
-    def program(self, function: Callable[..., Any], model: Decoder, inputs: int) -> Any:
+    def program(self, function: Callable[..., Any], model: Decoder, inputs: int, keep_unused: bool = False) -> Any:
         """The function under `jax.jit`."""
-        return jax.jit(function, donate_argnums=(1,))
+        memory = self.memory(model.specs) if is_stated(self.device) else None
+        given = (None, memory, *(None,) * inputs)
+        return jax.jit(
+            function, donate_argnums=(1,), keep_unused=keep_unused, in_shardings=given, out_shardings=(memory, None)
+        )
 
 
 @dataclass(frozen=True)
@@ -172,30 +208,31 @@ class Layout:
         flat = [(path, leaf.replace(self.sharding(_axes(leaf)))) for path, leaf in nnx.to_flat_state(state)]
         return nnx.from_flat_state(flat)
 
-    def pools(self, specs: Sequence[Memory]) -> tuple[tuple[NamedSharding, ...], ...]:
-        """The shardings of the pools `[L, P, S, ...]` and `[L, N, ...]` of a cache."""
-        return tuple(
-            tuple(self.sharding((None,) * (3 if type(spec) is KVSpec else 2) + array.axes) for array in spec.arrays)
-            for spec in specs
-        )
+    def pools(self, specs: Sequence[Memory]) -> tuple[tuple[Sharding | Format, ...], ...]:
+        """The formats of the pools `[L, P, S, w]` and `[L, N, ...]` of a cache."""
+
+        def lying(axes: Axes) -> Sharding | Format:
+            return pool_format(self.sharding(axes), len(axes))
+
+        return tuple(tuple(lying(_pool_axes(spec, array)) for array in spec.arrays) for spec in specs)
 
     def put(self, variable: nnx.Variable, value: np.ndarray) -> jax.Array:
         """A weight on the devices, each with its share only: the `put` of `checkpoint.load`."""
         return jax.make_array_from_callback(value.shape, self.sharding(_axes(variable)), lambda index: value[index])
 
     def memory(self, specs: tuple[Memory, ...]) -> DeviceMemory:
-        """The shardings of all that stays on the devices from step to step."""
+        """The shardings of all that stays on the devices from step to step, and the formats of its pools."""
         return DeviceMemory(Cache(specs, self.pools(specs)), self.everywhere, self.everywhere)  # type: ignore[arg-type]
 
     def allocate(self, make: Callable[[], DeviceMemory], specs: tuple[Memory, ...]) -> DeviceMemory:
         """What `make` makes, each device its share only."""
         return jax.jit(make, out_shardings=self.memory(specs))()
 
-    def program(self, function: Callable[..., Any], model: Decoder, inputs: int) -> Any:
+    def program(self, function: Callable[..., Any], model: Decoder, inputs: int, keep_unused: bool = False) -> Any:
         """A function of weights, memory (donated) and `inputs` more, which gives memory and more, under `jax.jit`."""
         memory = self.memory(model.specs)
-        given = (self.weights(nnx.state(model)), memory, *(self.everywhere,) * inputs)
-        return jax.jit(function, donate_argnums=(1,), in_shardings=given, out_shardings=(memory, self.everywhere))
+        given, made = (self.weights(nnx.state(model)), memory, *(self.everywhere,) * inputs), (memory, self.everywhere)
+        return jax.jit(function, donate_argnums=(1,), keep_unused=keep_unused, in_shardings=given, out_shardings=made)
 
     # ------------------------------------------------------------------------------------------------------- division
 
@@ -326,6 +363,12 @@ def _lengths(model: Decoder) -> dict[str, set[int]]:
             if name is not None:
                 lengths.setdefault(name, set()).add(length)
     return lengths
+
+
+def _pool_axes(spec: Memory, array: ArraySpec) -> Axes:
+    """The logical axes of a pool, None for layers, pages or slots, tokens, and for what has no name."""
+    axes = array.axes or (None,) * len(array.shape)
+    return (None,) * 3 + axes[:1] if type(spec) is KVSpec else (None,) * 2 + axes  # a row of a page is one axis
 
 
 def _axes(leaf: nnx.Variable) -> Axes:

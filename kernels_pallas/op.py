@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 BACKENDS = ("xla", "tpu", "gpu")
+AUTO_ON_TPU = "auto on tpu"  # the backend that 'auto' is on a TPU, for programs made where there is none
 CHUNK = 64  # tokens that a linear kind prefills at once; snapshots of a state are taken at multiples of it
 
 Content = Literal["mixed", "decode", "prefill"]
@@ -49,9 +50,16 @@ class ArraySpec:
 
 @dataclass(frozen=True)
 class KVSpec:
-    """Memory that grows with the tokens; kept in pages of S tokens: an array is `[L, P, S, *shape]`."""
+    """Memory that grows with the tokens; kept in pages of S tokens: an array is `[L, P, S, w]`, its shape in one row.
+
+    Only the first axis of a shape may divide over devices: a share of it is one range of the row.
+    """
 
     arrays: tuple[ArraySpec, ...]
+
+    def pool_shape(self, array: ArraySpec) -> tuple[int, ...]:
+        """The axes of a pool of `array` behind layers, pages and tokens."""
+        return (prod(array.shape),)
 
     @property
     def token_bytes(self) -> int:
@@ -64,6 +72,10 @@ class StateSpec:
     """Memory of constant size per request; kept in a slot: an array is `[L, N, *shape]`."""
 
     arrays: tuple[ArraySpec, ...]
+
+    def pool_shape(self, array: ArraySpec) -> tuple[int, ...]:
+        """The axes of a pool of `array` behind layers and slots."""
+        return array.shape
 
     @property
     def request_bytes(self) -> int:
@@ -417,13 +429,15 @@ class Op:
     """One operation under one name, with one function per backend, all of the same signature.
 
     shares: how it divides. fits: for a backend that has only some shapes or dtypes, whether it has those of a layer,
-    told from what the layer remembers and the dtype of its activations.
+    told from what the layer remembers and the dtype of its activations. kept: for a backend that keeps more than a
+    layer remembers, such as rows filled up to whole registers, what it keeps.
     """
 
     name: str
     backends: Mapping[str, Callable[..., Any]]
     shares: Shares
     fits: Mapping[str, Callable[[Any, str], bool]] = field(default_factory=dict)
+    kept: Mapping[str, Callable[[Any], Memory]] = field(default_factory=dict)
 
     def on(self, backend: str) -> Callable[..., Any]:
         """The function of a backend. Raises NotImplementedError where the kind does not have it."""
@@ -438,12 +452,16 @@ class Op:
         """The name of the backend to use: `backend` itself, or for 'auto' the platform's own kernel where it fits.
 
         Args:
-          backend: 'auto' or one of BACKENDS. memory: what the layer remembers. dtype: of its activations.
+          backend: 'auto', AUTO_ON_TPU or one of BACKENDS. memory: what the layer remembers. dtype: of its activations.
           platform: 'cpu', 'gpu' or 'tpu'; None is where JAX runs.
         """
-        if backend != "auto":
+        if backend not in ("auto", AUTO_ON_TPU):
             self.on(backend)
             return backend
-        own = platform or jax.default_backend()
+        own = "tpu" if backend == AUTO_ON_TPU else platform or jax.default_backend()
         fits = own in self.backends and (own not in self.fits or self.fits[own](memory, dtype))
         return own if fits else "xla"
+
+    def keep(self, backend: str, memory: Memory) -> Memory:
+        """What a backend, chosen already, keeps for a layer that remembers this."""
+        return self.kept[backend](memory) if backend in self.kept else memory

@@ -67,9 +67,10 @@ class LatentAttention(Divisible):
         self.compressed_query = shape.query_rank is not None
         self.heads = shape.heads
         self.scale = scale
-        self.memory: Memory = KVSpec((ArraySpec("latent", (cached,), dtype),))
+        memory = KVSpec((ArraySpec("latent", (cached,), dtype),))
         self.place = Place(0, 0)
-        self.backend = MLA.choose(backend, self.memory, dtype)
+        self.backend = MLA.choose(backend, memory, dtype)
+        self.memory: Memory = MLA.keep(self.backend, memory)
 
     def __call__(
         self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
@@ -119,13 +120,13 @@ class NormShape:
 
 
 def kept_heads(key_heads: int, width: int, dtype: str) -> KVSpec:
-    """What a grouped-query attention remembers of a token."""
-    return KVSpec((ArraySpec("kv", (2, key_heads, width), dtype, (None, "kept_heads", None)),))
+    """What a grouped-query attention remembers of a token: for each head its key, then its value."""
+    return KVSpec((ArraySpec("kv", (key_heads, 2 * width), dtype, ("kept_heads", None)),))
 
 
 def repeated(heads: Float[Array, "T G K"], memory: Memory) -> Float[Array, "T n K"]:
     """Keys or values, each head as often as the memory keeps it."""
-    return jnp.repeat(heads, memory.arrays[0].shape[1] // heads.shape[1], axis=1)
+    return jnp.repeat(heads, memory.arrays[0].shape[0] // heads.shape[1], axis=1)
 
 
 class _Grouped(Divisible):

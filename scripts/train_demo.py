@@ -150,7 +150,7 @@ def fresh_cache(model: Any, length: int) -> Cache:
     for index, spec in enumerate(model.specs):
         layers = 1 + max(route.place.layer for route in routes if route.place.pool == index)
         lead = (layers, 2, length) if isinstance(spec, KVSpec) else (layers, 2)
-        pools.append(tuple(jnp.zeros(lead + array.shape, array.dtype) for array in spec.arrays))
+        pools.append(tuple(jnp.zeros(lead + spec.pool_shape(array), array.dtype) for array in spec.arrays))
     return Cache(model.specs, tuple(pools))
 
 

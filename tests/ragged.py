@@ -53,5 +53,5 @@ def nan_cache(model: Decoder, slots=SLOTS, pages=PAGES, page=PAGE) -> Cache:
     for index, spec in enumerate(model.specs):
         layers = 1 + max(route.place.layer for route in routes if route.place.pool == index)
         lead = (layers, pages, page) if type(spec) is KVSpec else (layers, slots)
-        pools.append(tuple(jnp.full(lead + array.shape, jnp.nan, array.dtype) for array in spec.arrays))
+        pools.append(tuple(jnp.full(lead + spec.pool_shape(array), jnp.nan, array.dtype) for array in spec.arrays))
     return Cache(model.specs, tuple(pools))

@@ -4,10 +4,8 @@
     attend            rows in decode, each with its own new token; then tiles of queries of the rows that prefill
 
 Norms and rotary before, the gate after are left to XLA. A cached token is one row of `2 G D` lanes, head by head, its
-key, then its value: a range of heads is a range of lanes, and pages that lie so, `[L, P, S, 2 G D]`, are read as they
-are. Pages with the axes `[2, G, D]` lie in other tiles on a TPU: they are brought over and back, which copies the pool
-twice, so `fits` refuses such a memory. A head of 64 channels shares its 128 lanes with its value: queries have zeros
-for those.
+key, then its value: a range of heads is a range of lanes. A head of 64 channels shares its 128 lanes with its value:
+queries have zeros for those.
 """
 
 import math
@@ -45,13 +43,13 @@ def gqa(
     gate: Float[Array, "T H D"] | None,
     weights: GQAWeights,
     rotary: Rotary | None,
-    pages: Float[Array, "L P S ..."],
+    pages: Float[Array, "L P S G*2*D"],
     layer: int,
     batch: RaggedBatch,
     *,
     scale: float,
     epsilon: float,
-) -> tuple[Float[Array, "T H*D"], Float[Array, "L P S ..."]]:
+) -> tuple[Float[Array, "T H*D"], Float[Array, "L P S G*2*D"]]:
     """One attention layer between its projections, as `xla.gqa` defines it; the pages are updated in place.
 
     Raises NotImplementedError for dtypes, widths and page sizes without a kernel.
@@ -63,20 +61,12 @@ def gqa(
     new = jnp.stack([keys, v], axis=2).reshape(tokens, -1)
     columns = grouped_columns(key_heads, width)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, columns.key_width - width))).astype(q.dtype)
-    read, flat = attend_rows(queries, new, _flat(pages), layer, batch, columns)
+    read, pages = attend_rows(queries, new, pages, layer, batch, columns)
     out = read[..., -width:]
     if gate is not None:
         out = out.astype(jnp.float32) * jax.nn.sigmoid(gate.astype(jnp.float32))
     out = out.reshape(tokens, -1).astype(q.dtype)
-    return clear_padding(out, batch), flat if pages.ndim == 4 else _with_axes(flat, pages.shape)
-
-
-def _flat(pages: Array) -> Float[Array, "L P S W"]:
-    return pages if pages.ndim == 4 else pages.swapaxes(3, 4).reshape(*pages.shape[:3], -1)
-
-
-def _with_axes(flat: Float[Array, "L P S W"], shape: tuple[int, ...]) -> Float[Array, "L P S 2 G D"]:
-    return flat.reshape(*shape[:3], shape[4], shape[3], shape[5]).swapaxes(3, 4)
+    return clear_padding(out, batch), pages
 
 
 def _check(q: Array, pages: Array) -> None:
@@ -169,9 +159,5 @@ def tile_queries(group: int, columns: Columns) -> int:
 
 
 def fits(memory: KVSpec, dtype: str) -> bool:
-    """Whether the kernels have the shapes and dtypes of a layer that remembers this and computes in `dtype`.
-
-    A memory `[G, 2 D]`, a row of lanes head by head, fits; one with the axes `[2, G, D]` would have its pool copied.
-    """
-    shape = memory.arrays[0].shape
-    return dtype in DTYPES and len(shape) == 2 and shape[1] in tuple(2 * width for width in WIDTHS)
+    """Whether the kernels have the shapes and dtypes of a layer that remembers this and computes in `dtype`."""
+    return dtype in DTYPES and memory.arrays[0].shape[1] in [2 * width for width in WIDTHS]

@@ -32,7 +32,7 @@ class GQAWeights:
     key_norm: Float[Array, "D"] | None = None
 
 
-SHARES = Shares("heads", (1, 1, 1, 1, None, None, 4, CONSTANT, None), (1, 4))
+SHARES = Shares("heads", (1, 1, 1, 1, None, None, 3, CONSTANT, None), (1, 3))
 
 
 def gqa(
@@ -42,13 +42,13 @@ def gqa(
     gate: Float[Array, "T H D"] | None,
     weights: GQAWeights,
     rotary: Rotary | None,
-    pages: Float[Array, "L P S 2 G D"],
+    pages: Float[Array, "L P S G*2*D"],
     layer: int,
     batch: RaggedBatch,
     *,
     scale: float,
     epsilon: float,
-) -> tuple[Float[Array, "T H*D"], Float[Array, "L P S 2 G D"]]:
+) -> tuple[Float[Array, "T H*D"], Float[Array, "L P S G*2*D"]]:
     """One attention layer between its projections; stores this step's keys and values, then attends.
 
     Args:
@@ -56,13 +56,14 @@ def gqa(
       scale: factor of the scores. epsilon: of the norms.
     Returns the output in the dtype of `q`, zeros for padding, and the pages.
     """
-    dtype = q.dtype
+    dtype, key_heads = q.dtype, k.shape[1]
     q = _prepare(q, weights.query_norm, rotary, epsilon)
     k = _prepare(k, weights.key_norm, rotary, epsilon)
-    pages = write_pages(pages, layer, batch, jnp.stack([k, v], axis=1))
+    pages = write_pages(pages, layer, batch, jnp.stack([k, v], axis=2).reshape(len(k), -1))
 
     def attend(q: Array, position: Array, table: Array) -> Array:
-        return _attend(q, position, read_pages(pages, layer, table), scale)
+        cached = read_pages(pages, layer, table)
+        return _attend(q, position, cached.reshape(len(cached), key_heads, 2, -1), scale)
 
     out = attend_rows(q, batch, attend, attend)
     if gate is not None:
@@ -74,7 +75,7 @@ def gqa(
 def _attend(q: Array, position: Array, cached: Array, scale: float) -> Float[Array, "C H D"]:
     heads, width = q.shape[1:]
     visible, any_visible = causal(position, cached.shape[0])
-    k, v = cached[:, 0], masked(cached[:, 1], any_visible)
+    k, v = cached[:, :, 0], masked(cached[:, :, 1], any_visible)
     grouped = q.reshape(q.shape[0], k.shape[1], -1, width)
     scores = jnp.einsum("cgrd,sgd->grcs", grouped, k, precision=EXACT, preferred_element_type=jnp.float32)
     shares = softmax(scores.reshape(heads, *scores.shape[2:]) * scale, visible).reshape(scores.shape)

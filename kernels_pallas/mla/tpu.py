@@ -4,11 +4,11 @@ Rows in decode and rows that prefill are absorbed alike: every head's query, tak
 cached rows themselves, whose first Z lanes are the values as well. Norm, rotary and the products with the expansion are
 left to XLA.
 
-A TPU keeps whole registers of 128 lanes: 640 for a row of 512 + 64. Pages wider than Z + R have zeros in the lanes
-beyond. Pages of exactly Z + R lanes are left to the compiler to lay out, and for some numbers of pages it turns them
-round, since that wastes fewer bytes, and copies the pool for every call: `fits` wants rows in 128s.
+A TPU keeps whole registers of 128 lanes: 640 for a row of 512 + 64. So do the pages (`in_registers`), with zeros in the
+lanes beyond Z + R: copies move whole registers.
 """
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from kernels_pallas.mla.xla import EXACT, MLAWeights, _rotate
 from kernels_pallas.norm import rms
 from kernels_pallas.op import KVSpec, RaggedBatch, clear_padding
 from kernels_pallas.rotary import Rotary
+
+ROWS = (256 + 64, 512 + 64)  # latent and rotary lanes
 
 
 def mla(
@@ -73,8 +75,11 @@ def _check(q: Array, pages: Array, width: int) -> None:
 
 
 def fits(memory: KVSpec, dtype: str) -> bool:
-    """Whether the kernels have the shapes and dtypes of a layer that remembers this and computes in `dtype`.
+    """Whether the kernels have the shapes and dtypes of a layer that remembers this and computes in `dtype`."""
+    return dtype in DTYPES and memory.arrays[0].shape[0] in ROWS
 
-    Rows of 128s fit, such as 640 lanes for a latent of 512 and a rotary part of 64.
-    """
-    return dtype in DTYPES and memory.arrays[0].shape[0] % LANES == 0
+
+def in_registers(memory: KVSpec) -> KVSpec:
+    """What pages keep for a layer that remembers this: rows filled up to whole registers."""
+    (row,) = memory.arrays
+    return KVSpec((dataclasses.replace(row, shape=(-(-row.shape[0] // LANES) * LANES,)),))

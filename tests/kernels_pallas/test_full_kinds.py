@@ -94,7 +94,7 @@ def mla_oracle(inputs):
 
 
 CASES = {
-    "gqa": (gqa_inputs, run_gqa, gqa_oracle, (2, KEY_HEADS, WIDTH)),
+    "gqa": (gqa_inputs, run_gqa, gqa_oracle, (KEY_HEADS * 2 * WIDTH,)),
     "mla": (mla_inputs, run_mla, mla_oracle, (LATENT + ROTATED,)),
 }
 

@@ -39,7 +39,7 @@ class Grouped:
 
     def __init__(self, heads, key_heads, width):
         self.heads, self.key_heads, self.width = heads, key_heads, width
-        self.pool, self.lanes = (2, key_heads, width), 2 * key_heads * width
+        self.pool, self.lanes = (2 * key_heads * width,), 2 * key_heads * width
         self.weights = GQAWeights(*(_rng.normal(1, 0.2, width).astype(np.float32) for _ in range(2)))
         self.inverse = frequencies(width // 2, 100.0)
 
@@ -53,7 +53,7 @@ class Grouped:
 
     def flat(self, pages):
         """Pages as the kernels want them."""
-        return pages.swapaxes(3, 4).reshape(*pages.shape[:3], -1)
+        return pages
 
 
 class Latent:
@@ -254,11 +254,16 @@ def test_what_fits():
     def fits(op, shape, dtype):
         return op.fits["tpu"](KVSpec((ArraySpec("kv", shape, dtype),)), dtype)
 
-    assert fits(GQA, (4, 512), "bfloat16") and fits(GQA, (1, 128), "float32") and fits(MLA, (640,), "bfloat16")
-    assert not fits(GQA, (2, 4, 256), "bfloat16")
+    assert fits(GQA, (4, 512), "bfloat16") and fits(GQA, (1, 128), "float32") and fits(MLA, (576,), "bfloat16")
     assert not fits(GQA, (2, 160), "bfloat16")
-    assert not fits(MLA, (576,), "bfloat16")
-    assert not fits(MLA, (640,), "float16")
+    assert not fits(MLA, (48,), "bfloat16")
+    assert not fits(MLA, (576,), "float16")
+
+
+def test_rows_of_latents_fill_whole_registers_on_a_tpu_alone():
+    memory = KVSpec((ArraySpec("latent", (576,), "bfloat16"),))
+    assert MLA.keep("tpu", memory).arrays[0].shape == (640,) and MLA.keep("tpu", memory).token_bytes == 1280
+    assert MLA.keep("xla", memory) == MLA.keep("gpu", memory) == memory
 
 
 def trace(kind, page, dtype, entries=1):

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.layout import Format, Layout
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import delta_tpu
@@ -23,7 +22,7 @@ from kernels_pallas.mosaic_tpu import interpreted
 from kernels_pallas.op import RaggedBatch
 from tests.kernels_pallas.test_gpu_linear_decode import CASES, EPSILON, LAYER, Shape, error, problem
 from tests.ragged import checked, make_batch, page_table
-from tests.tpu_topology import TOPOLOGIES, devices
+from tests.tpu_topology import TOPOLOGIES, as_dtype, compile_in_place
 
 KIND = {"gdn": CASES[0], "kda": CASES[2]}
 SHAPE = {"gdn": Shape(2, 1), "kda": Shape(1, 1)}
@@ -237,34 +236,10 @@ MODELS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("name,shape,topology,dtype", MODELS, ids=str)
 def test_models_compile_in_place(name, shape, topology, dtype):
-    """Pools lie in memory in the order of their axes, as copies of a slot want; none is copied whole."""
-    one = jax.sharding.SingleDeviceSharding(devices(topology)[0])
     case, rows, tokens = KIND[name], 8, 1024
-
-    def placed(tree, place=lambda x: one):
-        def spec(x):
-            return jax.ShapeDtypeStruct(x.shape, dtype if x.dtype == jnp.bfloat16 else x.dtype, sharding=place(x))
-
-        return jax.tree.map(spec, tree)
-
-    def in_order(pool):
-        return Format(Layout(tuple(range(pool.ndim))), one)
-
-    def call(weights, inputs, pools, batch):
-        return case.run(shape, "tpu", weights, inputs, pools, batch)
-
     weights, inputs = case.inputs(tokens, shape)
     row, start, scalar = (jax.ShapeDtypeStruct(axes, jnp.int32) for axes in ((rows,), (rows + 1,), ()))
     table = jax.ShapeDtypeStruct((rows, 4), jnp.int32)
     batch = RaggedBatch(start, row, scalar, row, row, row, row, table, "prefill", prefills=4)
-    pools = case.pools(shape, 65, layers=3)
-    formats = tuple(in_order(pool) for pool in pools)
-    traced = jax.jit(call, donate_argnums=2, out_shardings=(one, formats)).trace(
-        placed(weights), placed(inputs), placed(pools, in_order), placed(batch)
-    )
-    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-    kept = sum(pool.size * pool.dtype.itemsize for pool in placed(pools))
-    assert compiled.memory_analysis().alias_size_in_bytes >= kept
-    shapes = [f"[{','.join(map(str, pool.shape))}]" for pool in pools]
-    lines = [line.split(" = ") for line in compiled.as_text().splitlines() if " = " in line]
-    assert not [key for key, value in lines if "copy" in key and any(x in value.split("(")[0] for x in shapes)]
+    given = as_dtype((weights, inputs, case.pools(shape, 65, layers=3)), jnp.dtype(dtype))
+    compile_in_place(topology, partial(case.run, shape, "tpu"), *given, batch, pools=2)

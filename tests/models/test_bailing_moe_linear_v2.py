@@ -105,7 +105,7 @@ def mixed(mixer, memory, tokens=9):
     """The output of a mixer alone for one fresh request."""
     batch = jax.tree.map(jnp.asarray, checked(make_batch([tokens]), tokens))
     lead = (1, 65, 16) if mixer.kind == "gqa" else (1, 9)
-    pools = tuple(jnp.full(lead + array.shape, jnp.nan, array.dtype) for array in memory.arrays)
+    pools = tuple(jnp.full(lead + memory.pool_shape(array), jnp.nan, array.dtype) for array in memory.arrays)
     rotary = rotary_tables(token_positions(batch, tokens), jnp.asarray(frequencies(4, 1e6)))
     x = jax.random.normal(jax.random.key(2), (tokens, 32))
     graph, state = nnx.split(mixer)
