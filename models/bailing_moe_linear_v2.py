@@ -243,7 +243,7 @@ class _Parts:
         if index < config.dense_layers:
             return MLP(rngs, config.width, config.dense_width, dtype)
         router = BiasedRouter(rngs, config.width, config.experts, config.router, dtype)
-        experts = Experts(rngs, config.experts, config.width, config.expert_width, dtype)
+        experts = Experts(rngs, config.experts, config.width, config.expert_width, dtype, backend=self.backend)
         shared = SharedExpert(rngs, config.width, config.expert_width * config.shared_experts, dtype)
         return MoE(router, experts, shared)
 

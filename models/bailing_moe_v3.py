@@ -263,7 +263,7 @@ class _Parts:
         shared_width = config.expert_width * config.shared_experts
         shared = SharedExpert(rngs, config.width, shared_width, dtype, _activation(limits.shared))
         routed = _activation(limits.routed)
-        experts = Experts(rngs, config.experts, config.width, config.expert_width, dtype, routed)
+        experts = Experts(rngs, config.experts, config.width, config.expert_width, dtype, routed, self.backend)
         return MoE(BiasedRouter(rngs, config.width, config.experts, config.router, dtype), experts, shared)
 
 

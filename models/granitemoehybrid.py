@@ -194,7 +194,7 @@ class _Parts:
             return MLP(rngs, width, self.config.shared_width, dtype)
         # Softmax over the chosen experts alone is softmax over all of them, divided by what the chosen ones get.
         router = PlainRouter(rngs, width, sparse.experts, SoftmaxTopK(sparse.chosen), dtype)
-        experts = Experts(rngs, sparse.experts, width, sparse.width, dtype)
+        experts = Experts(rngs, sparse.experts, width, sparse.width, dtype, backend=self.backend)
         return MoE(router, experts, SharedExpert(rngs, width, self.config.shared_width, dtype))
 
 

@@ -267,7 +267,7 @@ class _Parts:
     def _moe(self) -> MoE:
         config, rngs, dtype = self.config, self.rngs, self.dtype
         shared = SharedExpert(rngs, config.width, config.expert_width * config.shared_experts, dtype)
-        experts = Experts(rngs, config.experts, config.width, config.expert_width, dtype)
+        experts = Experts(rngs, config.experts, config.width, config.expert_width, dtype, backend=self.backend)
         return MoE(BiasedRouter(rngs, config.width, config.experts, config.router, dtype), experts, shared)
 
 

@@ -245,7 +245,8 @@ class _Parts:
         if sparse is None or index < sparse.dense_layers:
             return MLP(rngs, config.width, config.dense_width, dtype)
         router = BiasedRouter(rngs, config.width, sparse.experts, sparse.router, dtype)
-        return RoutedExperts(router, Experts(rngs, sparse.experts, config.width, sparse.width, dtype))
+        experts = Experts(rngs, sparse.experts, config.width, sparse.width, dtype, backend=self.backend)
+        return RoutedExperts(router, experts)
 
 
 # ------------------------------------------------------------------------------------------------------------- weights

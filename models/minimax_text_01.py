@@ -204,7 +204,8 @@ class _Parts:
     def _experts(self) -> RoutedExperts:
         config, rngs, dtype = self.config, self.rngs, self.dtype
         router = PlainRouter(rngs, config.width, config.experts, SoftmaxTopK(config.chosen), dtype)
-        return RoutedExperts(router, Experts(rngs, config.experts, config.width, config.expert_width, dtype))
+        experts = Experts(rngs, config.experts, config.width, config.expert_width, dtype, backend=self.backend)
+        return RoutedExperts(router, experts)
 
 
 # ------------------------------------------------------------------------------------------------------------- weights

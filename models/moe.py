@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.experts import EXPERTS, Activation, choose_backend
 from models.division import Divisible, Part
 from models.layers import MLP, Axes, Tally, matrix, swiglu
 
+MOST_COMPARISONS = 2**21  # of scores; one H100 takes 2 us for them, and 6 us for the least that it sorts
 Choice = tuple[Int[Array, "T k"], Float[Array, "T k"]]
-Activation = Callable[[Array], Array]  # [n, parts, F] to [n, F]
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,10 @@ class GroupedSigmoid:
         """The experts of each token and their weights."""
         scores = jax.nn.sigmoid(logits)
         biased = (scores + bias[None, :]).reshape(logits.shape[0], self.groups, -1)
-        group_scores = jax.lax.top_k(biased, min(2, biased.shape[2]))[0].sum(-1)
-        kept = jax.lax.top_k(group_scores, self.kept_groups)[1]
-        open_TG = jnp.any(kept[:, :, None] == jnp.arange(self.groups)[None, None, :], axis=1)
+        group_scores = best(biased, min(2, biased.shape[2]))[0].sum(-1)
+        open_TG = ranks(group_scores) < self.kept_groups
         biased = jnp.where(open_TG[:, :, None], biased, -jnp.inf).reshape(logits.shape)
-        experts = jax.lax.top_k(biased, self.chosen)[1]
+        experts = best(biased, self.chosen)[1]
         weights = jnp.take_along_axis(scores, experts, axis=1)
         if self.normalised:
             weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
@@ -65,19 +65,55 @@ class SoftmaxTopK:
 
     def __call__(self, logits: Float[Array, "T E"]) -> Choice:
         """The experts of each token and their weights."""
-        weights, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.chosen)
+        weights, experts = best(jax.nn.softmax(logits, axis=-1), self.chosen)
         return experts, weights / weights.sum(-1, keepdims=True)
 
 
+def best(scores: Float[Array, "*n E"], count: int) -> tuple[Float[Array, "*n k"], Int[Array, "*n k"]]:
+    """The `count` greatest scores and their indices, the greatest first, of equal ones the lowest index first.
+
+    Few scores are compared all with all, which takes less time than to sort them.
+    """
+    if scores.size * scores.shape[-1] > MOST_COMPARISONS:
+        return jax.lax.top_k(scores, count)
+    places = jnp.arange(count, dtype=jnp.int32).reshape((1,) * (scores.ndim - 1) + (count, 1))
+    taken = ranks(scores)[..., None, :] == places
+    return jnp.where(taken, scores[..., None, :], 0).sum(-1), jnp.argmax(taken, axis=-1).astype(jnp.int32)
+
+
+def ranks(scores: Float[Array, "*n E"]) -> Int[Array, "*n E"]:
+    """How many scores come before each: greater ones, and equal ones of a lower index."""
+    index = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    lower = (index[None, :] < index[:, None]).reshape((1,) * (scores.ndim - 1) + (len(index), len(index)))
+    own, other = scores[..., :, None], scores[..., None, :]
+    return jnp.sum((other > own) | ((other == own) & lower), axis=-1, dtype=jnp.int32)
+
+
+def by_several_rows(compute: Callable[[Array], Array], x: Float[Array, "T D"]) -> Float[Array, "T F"]:
+    """`compute(x)`, where a row does not depend on the others; one row is given rows of zeros for company.
+
+    XLA multiplies one row without the matrix units of a GPU, which took two to three times as long on an H100.
+    """
+    return compute(x) if x.shape[0] > 1 else compute(jnp.concatenate([x, jnp.zeros((7, x.shape[1]), x.dtype)]))[:1]
+
+
 class RouterScores(nnx.Module):
-    """The product that scores experts, in float32 whatever the model's dtype: near ties decide who computes."""
+    """The product that scores experts, with float32 sums whatever the model's dtype: near ties decide who computes.
+
+    A product of two bfloat16 numbers is exact in float32: they need not be widened before.
+    """
 
     def __init__(self, rngs: nnx.Rngs, width: int, experts: int, dtype: str):
         self.kernel = matrix(rngs, (width, experts), ("model", None), width, dtype)
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
-        kernel = self.kernel[...].astype(jnp.float32)
-        return jnp.dot(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
+        return by_several_rows(self._product, x)
+
+    def _product(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
+        kernel = self.kernel[...]
+        highest, float32 = jax.lax.Precision.HIGHEST, jnp.float32
+        common = x.dtype if x.dtype == kernel.dtype else float32
+        return jnp.dot(x.astype(common), kernel.astype(common), precision=highest, preferred_element_type=float32)
 
 
 class BiasedRouter(nnx.Module):
@@ -106,88 +142,59 @@ class PlainRouter(nnx.Module):
 class Experts(nnx.Module):
     """E SwiGLU MLPs of width F; gate and up lie in one kernel `[E, D, 2, F]`."""
 
-    def __init__(self, rngs: nnx.Rngs, experts: int, width: int, inner: int, dtype: str, activate: Activation = swiglu):
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        experts: int,
+        width: int,
+        inner: int,
+        dtype: str,
+        activate: Activation = swiglu,
+        backend: str = "auto",
+    ):
         gate_up_axes: Axes = ("expert", "model", None, "expert_mlp")
         self.gate_up = matrix(rngs, (experts, width, 2, inner), gate_up_axes, width, dtype)
         self.down = matrix(rngs, (experts, inner, width), ("expert", "expert_mlp", "model"), inner, dtype)
         self.activate = activate
+        self.backend = choose_backend(backend, dtype, (width, inner))
 
     def __call__(self, x: Float[Array, "T D"], experts: Int[Array, "T k"], weights: Float[Array, "T k"]) -> Array:
-        return all_experts(x, experts, weights, self.gate_up[...], self.down[...], self.activate)
+        return all_experts(x, experts, weights, self.gate_up[...], self.down[...], self.activate, self.backend)
 
     def partial(
         self, x: Float[Array, "T D"], experts: Int[Array, "T k"], weights: Float[Array, "T k"], part: Part
     ) -> Float[Array, "T D"]:
         """What share number `part` of the experts adds."""
-        return some_experts(x, experts, weights, self.gate_up[...], self.down[...], self.activate, part)
+        gate_up, down = self.gate_up[...], self.down[...]
+        return some_experts(x, experts, weights, gate_up, down, self.activate, part, self.backend)
 
 
 def all_experts(
-    x: Array, experts: Array, weights: Array, gate_up: Array, down: Array, activate: Activation
+    x: Array, experts: Array, weights: Array, gate_up: Array, down: Array, activate: Activation, backend: str = "xla"
 ) -> Float[Array, "T D"]:
     """The weighted sum of each token's experts."""
-    few = experts.size < gate_up.shape[0]  # gathering reads a kernel per choice, grouping reads every kernel
-    compute = gathered_experts if few else grouped_experts
-    out = compute(x, experts, gate_up, down, activate)
-    return jnp.einsum("tkd,tk->td", out.astype(jnp.float32), weights).astype(x.dtype)
+    return _weighed(EXPERTS[backend].whole(x, experts, gate_up, down, activate), weights)
 
 
 def some_experts(
-    x: Array, experts: Array, weights: Array, gate_up: Array, down: Array, activate: Activation, part: Part
+    x: Array,
+    experts: Array,
+    weights: Array,
+    gate_up: Array,
+    down: Array,
+    activate: Activation,
+    part: Part,
+    backend: str = "xla",
 ) -> Float[Array, "T D"]:
-    """What the experts of one share add to `all_experts`; `gate_up` and `down` are theirs.
-
-    Looping reads a kernel per choice that falls into the share, and waits for each; grouping reads every kernel.
-    """
-    count = gate_up.shape[0]
-    own = experts - part * count
-    mine = (own >= 0) & (own < count)
-    own = jnp.where(mine, own, count)
-    compute = looped_experts if experts.size < count else grouped_experts
-    out = jnp.where(mine[:, :, None], compute(x, own, gate_up, down, activate), 0).astype(jnp.float32)
-    return jnp.einsum("tkd,tk->td", out, weights).astype(x.dtype)
+    """What the experts of one share add to `all_experts`; `gate_up` and `down` are theirs."""
+    own = experts - part * gate_up.shape[0]
+    return _weighed(EXPERTS[backend].share(x, own, gate_up, down, activate), weights)
 
 
-def looped_experts(
-    x: Array, experts: Int[Array, "T k"], gate_up: Array, down: Array, activate: Activation
-) -> Float[Array, "T k D"]:
-    """The outputs of each token's experts, zeros for an expert out of range: for few tokens, of which few are here."""
-    flat = experts.reshape(-1)
-    here = flat < gate_up.shape[0]
-    order = jnp.argsort(~here, stable=True)
-
-    def one(index: Array, out: Array) -> Array:
-        choice = order[index]
-        expert = flat[choice]
-        inner = activate(jnp.einsum("d,dcf->cf", x[choice // experts.shape[1]], gate_up[expert])[None])
-        return out.at[choice].set(inner[0] @ down[expert])
-
-    out = jax.lax.fori_loop(0, jnp.sum(here), one, jnp.zeros((len(flat), x.shape[1]), x.dtype))
-    return out.reshape(*experts.shape, -1)
-
-
-def gathered_experts(
-    x: Array, experts: Int[Array, "T k"], gate_up: Array, down: Array, activate: Activation = swiglu
-) -> Float[Array, "T k D"]:
-    """The outputs of each token's experts, reading one kernel per choice: for few tokens."""
-    inner = jnp.einsum("td,tkdcf->tkcf", x, gate_up[experts])
-    shape = inner.shape
-    inner = activate(inner.reshape(-1, *shape[2:])).reshape(*shape[:2], shape[3])
-    return jnp.einsum("tkf,tkfd->tkd", inner, down[experts])
-
-
-def grouped_experts(
-    x: Array, experts: Int[Array, "T k"], gate_up: Array, down: Array, activate: Activation = swiglu
-) -> Float[Array, "T k D"]:
-    """The outputs of each token's experts, with the tokens sorted by expert: for many tokens."""
-    flat = experts.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    sizes = jnp.bincount(flat, length=gate_up.shape[0]).astype(jnp.int32)
-    rows = x[order // experts.shape[1]]
-    inner = jax.lax.ragged_dot(rows, gate_up.reshape(*gate_up.shape[:2], -1), sizes)
-    inner = activate(inner.reshape(-1, *gate_up.shape[2:]))
-    out = jax.lax.ragged_dot(inner, down, sizes)
-    return jnp.zeros_like(out).at[order].set(out).reshape(*experts.shape, -1)
+def _weighed(out: Float[Array, "T k D"], weights: Float[Array, "T k"]) -> Float[Array, "T D"]:
+    """The weighted sum, float32, in the order of the choices whatever the number of tokens."""
+    terms = [out[:, i].astype(jnp.float32) * weights[:, i, None] for i in range(out.shape[1])]
+    return sum(terms[1:], start=terms[0]).astype(out.dtype)
 
 
 class SharedExpert(nnx.Module):
@@ -235,11 +242,11 @@ class MoE(Divisible):
 
     def whole(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """All experts."""
-        return self.experts(x, *self.router(x)) + self.shared(x)
+        return self.experts(x, *self.router(x)) + by_several_rows(self.shared, x)
 
     def partial(self, x: Float[Array, "T D"], part: Part) -> Float[Array, "T D"]:
         """What a share of the experts and of the shared expert's inner channels adds."""
-        return self.experts.partial(x, *self.router(x), part) + self.shared(x)
+        return self.experts.partial(x, *self.router(x), part) + by_several_rows(self.shared, x)
 
 
 class RoutedExperts(Divisible):

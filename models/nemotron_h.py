@@ -287,9 +287,9 @@ class _Parts:
         width, sparse, rngs, dtype = self.config.width, sparse_shape(self.config), self.rngs, self.dtype
         router = BiasedRouter(rngs, width, sparse.experts, sparse.router, dtype)
         experts = (
-            SquaredReLUExperts(rngs, sparse.experts, width, sparse.width, dtype)
+            SquaredReLUExperts(rngs, sparse.experts, width, sparse.width, dtype, self.backend)
             if sparse.latent is None
-            else LatentExperts(rngs, sparse.experts, width, sparse.latent, sparse.width, dtype)
+            else LatentExperts(rngs, sparse.experts, width, sparse.latent, sparse.width, dtype, self.backend)
         )
         return MoE(router, experts, SquaredReLU(rngs, width, sparse.shared_width, dtype))
 

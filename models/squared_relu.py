@@ -1,10 +1,10 @@
 """MLPs and experts without a gate: squared ReLU between two products; and their rows in a weight table."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.experts import choose_backend
 from models.division import Part
 from models.layers import Linear, matrix
 from models.moe import all_experts, some_experts
@@ -13,7 +13,7 @@ from models.weights import Source, Weight, weight
 
 def squared_relu(x: Float[Array, "*n F"]) -> Float[Array, "*n F"]:
     """`max(x, 0)^2` (arXiv 2109.08668), computed in float32."""
-    return jnp.square(jax.nn.relu(x.astype(jnp.float32))).astype(x.dtype)
+    return jnp.square(jnp.maximum(x.astype(jnp.float32), 0)).astype(x.dtype)
 
 
 class SquaredReLU(nnx.Module):
@@ -30,18 +30,20 @@ class SquaredReLU(nnx.Module):
 class SquaredReLUExperts(nnx.Module):
     """E MLPs without gate, of width F."""
 
-    def __init__(self, rngs: nnx.Rngs, experts: int, width: int, inner: int, dtype: str):
+    def __init__(self, rngs: nnx.Rngs, experts: int, width: int, inner: int, dtype: str, backend: str = "auto"):
         self.up = matrix(rngs, (experts, width, inner), ("expert", "model", "expert_mlp"), width, dtype)
         self.down = matrix(rngs, (experts, inner, width), ("expert", "expert_mlp", "model"), inner, dtype)
+        self.backend = choose_backend(backend, dtype, (width, inner))
 
     def __call__(self, x: Float[Array, "T D"], experts: Int[Array, "T k"], weights: Float[Array, "T k"]) -> Array:
-        return all_experts(x, experts, weights, self.up[...][:, :, None, :], self.down[...], _activate)
+        return all_experts(x, experts, weights, self.up[...][:, :, None, :], self.down[...], _activate, self.backend)
 
     def partial(
         self, x: Float[Array, "T D"], experts: Int[Array, "T k"], weights: Float[Array, "T k"], part: Part
     ) -> Float[Array, "T D"]:
         """What share number `part` of the experts adds."""
-        return some_experts(x, experts, weights, self.up[...][:, :, None, :], self.down[...], _activate, part)
+        up, down = self.up[...][:, :, None, :], self.down[...]
+        return some_experts(x, experts, weights, up, down, _activate, part, self.backend)
 
 
 def _activate(inner: Float[Array, "n 1 F"]) -> Float[Array, "n F"]:
@@ -51,9 +53,11 @@ def _activate(inner: Float[Array, "n 1 F"]) -> Float[Array, "n F"]:
 class LatentExperts(nnx.Module):
     """Experts that work in a narrower space, between a projection into it and one out of it."""
 
-    def __init__(self, rngs: nnx.Rngs, experts: int, width: int, latent: int, inner: int, dtype: str):
+    def __init__(
+        self, rngs: nnx.Rngs, experts: int, width: int, latent: int, inner: int, dtype: str, backend: str = "auto"
+    ):
         self.into = Linear(rngs, (width,), (latent,), ("model", None), dtype)
-        self.experts = SquaredReLUExperts(rngs, experts, latent, inner, dtype)
+        self.experts = SquaredReLUExperts(rngs, experts, latent, inner, dtype, backend)
         self.out_of = Linear(rngs, (latent,), (width,), (None, "model"), dtype)
 
     def __call__(self, x: Float[Array, "T D"], experts: Int[Array, "T k"], weights: Float[Array, "T k"]) -> Array:
