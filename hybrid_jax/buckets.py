@@ -13,13 +13,14 @@ FEW_PREFILLS = 2
 class Bucket:
     """Shape of a program: rows, packed tokens (0 for a decode loop, which has one a row), pages of a row.
 
-    prefills: most rows that prefill; None: all may.
+    prefills: most rows that prefill; None: all may. likeliest: it knows no other way to take a token.
     """
 
     rows: int
     tokens: int
     pages: int
     prefills: int | None = None
+    likeliest: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Ladders:
 
     decode_rows, tokens: by factors of 2, as padding costs time there. step_rows: of steps that prefill, by factors of
     8. pages: one width where a kernel reads only the pages in use, else by factors of 4. prefills: few, as where
-    prompts come one by one beside many rows in decode, or all: chunks are set aside for as many rows.
+    prompts come one by one beside many rows in decode, or all: chunks are set aside for as many rows. likeliest:
+    whether decode loops have programs of their own for rows that take the likeliest token, which meet no branch.
     """
 
     decode_rows: tuple[int, ...]
@@ -36,12 +38,14 @@ class Ladders:
     tokens: tuple[int, ...]
     pages: tuple[int, ...]
     prefills: tuple[int | None, ...]
+    likeliest: bool = False
 
     def choose(self, step: Step) -> Bucket:
         """The smallest bucket that holds a step."""
         pages = round_up(max(len(row.pages) for row in step.rows), self.pages)
         if step.decode_only:
-            return Bucket(round_up(len(step.rows), self.decode_rows), 0, pages)
+            likeliest = self.likeliest and all(row.request.takes_likeliest for row in step.rows)
+            return Bucket(round_up(len(step.rows), self.decode_rows), 0, pages, likeliest=likeliest)
         reading = len(step.rows) - step.decodes
         prefills = next(most for most in self.prefills if most is None or reading <= most)
         rows, tokens = round_up(len(step.rows), self.step_rows), round_up(step.tokens, self.tokens)
@@ -49,15 +53,18 @@ class Ladders:
 
     def all(self) -> tuple[Bucket, ...]:
         """Every bucket, the decode loops first."""
-        decodes = [Bucket(rows, 0, pages) for rows, pages in product(self.decode_rows, self.pages)]
+        ways = (True, False) if self.likeliest else (False,)
+        shapes = product(self.decode_rows, self.pages, ways)
+        decodes = [Bucket(rows, 0, pages, likeliest=way) for rows, pages, way in shapes]
         sizes = product(self.step_rows, self.tokens, self.pages, self.prefills)
         return (*decodes, *(Bucket(*size) for size in sizes))
 
 
-def make_ladders(rows: int, step_tokens: int, pages: int, one_width: bool) -> Ladders:
+def make_ladders(rows: int, step_tokens: int, pages: int, one_width: bool, likeliest: bool = False) -> Ladders:
     """The ladders up to so many rows, tokens of a step that prefills, and pages of a row.
 
     one_width: kernels skip what is not in use, so that page tables and steps that prefill may have one width each.
+    likeliest: as in `Ladders`.
     """
     return Ladders(
         decode_rows=ladder(1, rows, 2),
@@ -65,6 +72,7 @@ def make_ladders(rows: int, step_tokens: int, pages: int, one_width: bool) -> La
         tokens=ladder(CHUNK_TOKENS, step_tokens, 2),
         pages=(max(pages, 1),) if one_width else ladder(8, max(pages, 1), 4),
         prefills=(FEW_PREFILLS, None) if rows > 2 * FEW_PREFILLS else (None,),
+        likeliest=likeliest,
     )
 
 

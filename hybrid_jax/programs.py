@@ -9,7 +9,8 @@ can be kept.
 Letters: B rows of the step, T packed tokens, N loops, Y vocabulary.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,7 @@ class StepPlan:
     draws: Bool[AnyArray, "B"]  # whether a token is drawn
     ahead: Int[AnyArray, "B"]  # most tokens to draw in a decode loop
     beliefs: Beliefs | None  # with the canary only
+    likeliest: bool = field(default=False, metadata={"static": True})  # all rows take the likeliest token, unshaped
 
 
 @jax.tree_util.register_dataclass
@@ -129,9 +131,11 @@ def decode_loop(
     loops: int,
     grid: int,
     page_size: int,
+    look_every: int = 1,
 ) -> tuple[DeviceMemory, Drawn]:
     """Draw up to `loops` tokens a row, each row until it ends or has drawn as many as planned for it.
 
+    Every `look_every` steps it looks whether any row still runs; the steps after the last row's end do nothing.
     A row with a snapshot slot stores its state there whenever it has seen a multiple of `grid` tokens.
     """
     model = nnx.merge(graph, state)
@@ -152,7 +156,7 @@ def decode_loop(
         hidden, cache = model(packed, memory.cache, step)
         logits = model.logits(hidden[jnp.minimum(step.query_start[:-1], batch.rows - 1)])
         rows = planned.advanced(drawn.count)
-        token, logprobs = draw(logits, rows, lambda logits: shape_logits(logits, rows, memory.tables))
+        token, logprobs = draw(logits, rows, lambda logits: shape_logits(logits, rows, memory.tables), plan.likeliest)
         reason = jnp.where(runs, finished(token, rows)[1], drawn.reason)
         tables = _end_rows(count_tokens(memory.tables, rows, token, runs), rows, reason, runs)
         strange, stamps = _check_and_stamp(memory.stamps, step, _later(plan.beliefs, drawn.count), page_size)
@@ -160,7 +164,8 @@ def decode_loop(
         return index + 1, DeviceMemory(cache, tables, stamps), replace(drawn, strange=drawn.strange | strange)
 
     start = (jnp.int32(0), memory, replace(drawn, reason=reason))
-    _, memory, drawn = jax.lax.while_loop(unfinished, one, start)
+    several = partial(jax.lax.fori_loop, 0, min(look_every, loops), lambda _, carry: one(carry))
+    _, memory, drawn = jax.lax.while_loop(unfinished, several, start)
     told = jnp.where(reason == RUNNING, drawn.reason, RUNNING)  # a row that had ended before has nothing to tell
     return memory, replace(drawn, reason=told)
 

@@ -152,6 +152,11 @@ class Request:
         return self.params.shaped or self.constraint is not None
 
     @property
+    def takes_likeliest(self) -> bool:
+        """Whether each token is the likeliest of the logits as they are, and nothing is asked beside it."""
+        return self.params.greedy and not self.shaped and not self.params.min_tokens and self.params.logprobs is None
+
+    @property
     def watched(self) -> bool:
         """Whether the host must see each token before the next is drawn."""
         return bool(self.params.stop) or self.constraint is not None

@@ -30,13 +30,14 @@ from kernels_pallas.op import Content, RaggedBatch, check_batch, host_batch
 from models.decoder import Decoder
 
 # On a GPU, launches between two branches of a step are recorded once and played as a graph, our own kernels among them.
-# Branches and loops inside the graphs made a step slower than a wait for their predicates.
+# Branches inside the graphs cost more than programs without any (docs/performance.md).
 COMPILER_OPTIONS = {
     "gpu": {
         "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION",
         "xla_gpu_graph_min_graph_size": 1,
     }
 }
+LOOK_EVERY = 4  # steps of a decode loop, where the host waits for each look at whether any row still runs
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,10 @@ class Runner:
         self._memory = self._allocate()
         self.ladders = _ladders(routing, sizes)
         self._mixed = placement.program(partial(mixed_step, graph, page_size=sizes.page_size), model, 3)
-        loop = partial(decode_loop, graph, loops=sizes.loops, grid=sizes.grid, page_size=sizes.page_size)
+        look_every = LOOK_EVERY if _waits_at_branches() else 1
+        loop = partial(
+            decode_loop, graph, loops=sizes.loops, grid=sizes.grid, page_size=sizes.page_size, look_every=look_every
+        )
         self._decode = placement.program(loop, model, 2)
         self._score = placement.program(partial(score, graph), model, 2)
         following = partial(score_following, graph, block=CHUNK_TOKENS)
@@ -283,6 +287,7 @@ class Runner:
             _column([row.draws for row in rows], count).astype(bool),
             _column([row.ahead for row in rows], count),
             _beliefs(rows, bucket) if self._sizes.canary else None,
+            bucket.likeliest,
         )
 
     def _check(self, step: Step, batch: RaggedBatch, tokens: int) -> None:
@@ -319,7 +324,12 @@ def _allocate(model: Decoder, routing: Routing, sizes: RunnerSizes, vocabulary: 
 
 def _ladders(routing: Routing, sizes: RunnerSizes) -> Ladders:
     gathers = any(keeps_pages(route) and route.backend == "xla" for route in routing.routes)
-    return make_ladders(sizes.rows, sizes.step_tokens, sizes.row_pages, one_width=not gathers)
+    return make_ladders(sizes.rows, sizes.step_tokens, sizes.row_pages, not gathers, _waits_at_branches())
+
+
+def _waits_at_branches() -> bool:
+    """Whether the host reads the predicate of each branch and loop before the device goes on."""
+    return jax.default_backend() == "gpu"
 
 
 def _column(values: Sequence[int], count: int) -> np.ndarray:

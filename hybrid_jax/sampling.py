@@ -150,13 +150,15 @@ def _stop_ids(requests: Sequence[Request], padded_rows: int, eos_token_ids: Sequ
 
 
 def draw(
-    logits: Float[Array, "B Y"], rows: SamplingRows, shape: Callable[[Array], Array]
+    logits: Float[Array, "B Y"], rows: SamplingRows, shape: Callable[[Array], Array], likeliest: bool = False
 ) -> tuple[Int[Array, "B"], Logprobs]:
     """The next token of each row, as `sample` gives it for the logits after `shape`, and what `token_logprobs` gives.
 
-    A step whose rows all take the likeliest token, and ask for nothing beside it, meets one branch: a GPU waits for the
-    host at each.
+    A step whose rows all take the likeliest token, and ask for nothing beside it, meets one branch, and none where that
+    is known when it is traced (`likeliest`): a GPU waits for the host at each.
     """
+    if likeliest:
+        return _likeliest(logits.astype(jnp.float32)), _no_logprobs(len(logits))
     draws_B, short_B = rows.temperature >= GREEDY_BELOW, rows.sampled < rows.min_tokens
     more_B = draws_B | short_B | rows.shaped | (rows.logprobs >= 0)
 

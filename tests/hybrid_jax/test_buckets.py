@@ -1,5 +1,7 @@
 """The shapes that steps are rounded up to: every step has one, the smallest there is."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,6 +46,18 @@ def test_every_step_has_a_bucket_that_holds_it(decodes, prompts, pages, one_widt
     assert bucket.rows >= len(rows) and bucket.pages >= pages
     assert bucket.tokens == 0 if not prompts else bucket.tokens >= step.tokens
     assert bucket.prefills is None or len(prompts) <= bucket.prefills
+
+
+def test_a_loop_whose_rows_all_take_the_likeliest_token_has_a_program_of_its_own():
+    ladders = make_ladders(4, 256, 8, one_width=False, likeliest=True)
+    plain, drawn = (SamplingParams(temperature=t, max_tokens=4, seed=0) for t in (0.0, 0.8))
+    asked = SamplingParams(temperature=0.0, max_tokens=4, logprobs=1)
+    late = SamplingParams(temperature=0.0, max_tokens=4, min_tokens=2)
+    for params, likeliest in (([plain, plain], True), ([plain, drawn], False), ([asked], False), ([late], False)):
+        rows = tuple(replace(row(0, 1), request=make_request("0", [1], each, 64)) for each in params)
+        bucket = ladders.choose(Step(1, rows, 4))
+        assert bucket.likeliest == likeliest and bucket in ladders.all()
+        assert not make_ladders(4, 256, 8, one_width=False).choose(Step(1, rows, 4)).likeliest
 
 
 def test_few_prompts_beside_many_rows_in_decode_have_a_bucket_of_their_own():

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from hybrid_jax import LLM, SamplingParams
+from hybrid_jax import LLM, SamplingParams, runner
 from hybrid_jax.config import CHUNK_TOKENS, EngineConfig
 from kernels_pallas.op import CHUNK
 from tests.models.reference import FOLDER
@@ -146,6 +146,27 @@ def test_bfloat16_stays_near_float32(fixture_llm):
     low = LLM(FOLDER / "qwen3_5", "bfloat16", max_model_len=128, max_num_seqs=2).logits(tokens)
     high = fixture_llm.logits(tokens)
     assert np.abs(low - high).mean() < 0.1 * high.std() and low.dtype == np.float32
+
+
+@pytest.mark.slow
+def test_programs_that_meet_no_branch_give_the_same_tokens(fixture_llm, monkeypatch):
+    """Those of a device that waits at branches, which looks only now and then whether any row still runs."""
+    prompts = [[1, 2, 3], [4]]
+    ends = (
+        fixture_llm.generate([4], SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))[0].outputs[0].token_ids
+    )
+    params = [
+        SamplingParams(temperature=0, max_tokens=7, ignore_eos=True),
+        SamplingParams(temperature=0, max_tokens=30, stop_token_ids=(ends[2],)),
+    ]
+    drawn = [SamplingParams(temperature=0.7, seed=3, max_tokens=6), *params[1:]]
+    wanted = [fixture_llm.generate(prompts, each) for each in (params, drawn)]
+    monkeypatch.setattr(runner, "_waits_at_branches", lambda: True)
+    llm = LLM(FOLDER / "qwen3_5", "float32", max_model_len=128, max_num_seqs=2, page_size=16, decode_steps=6)
+    got = [llm.generate(prompts, each) for each in (params, drawn)]
+    assert [[a.outputs[0].token_ids for a in g] for g in got] == [[a.outputs[0].token_ids for a in w] for w in wanted]
+    used = [use for use in llm.stats().buckets if not use.tokens and use.steps]
+    assert {use.likeliest for use in used} == {True, False}
 
 
 def test_a_model_without_tokenizer_takes_token_lists(fixture_llm):
