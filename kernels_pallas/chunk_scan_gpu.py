@@ -12,8 +12,9 @@ are, the kind says in a `Recurrence`; this module knows no kind.
 Letters: B rows, T tokens, H value heads, G key heads, K key width, V value width, C chunk, n chunks, N slots, L layers.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -47,7 +48,7 @@ from kernels_pallas.chunks_gpu import (
     tiles,
     zeros,
 )
-from kernels_pallas.mosaic_gpu import interpreter
+from kernels_pallas.mosaic_gpu import interpreter, made_once
 
 LAYER = 3  # of the counts, behind those of `Work`
 
@@ -63,7 +64,7 @@ class Stream:
     """
 
     of: Literal["keys", "values", "tiles", "table"]
-    array: Array
+    array: Array | jax.ShapeDtypeStruct
 
     def count(self, parts: int) -> int:
         """Tiles, or rows of a table, in SMEM."""
@@ -95,6 +96,20 @@ class Recurrence:
     scores: Callable[[Refs, Any], Any]
     since: Callable[[Refs], Array] | None
 
+    @property
+    def functions(self) -> tuple[Callable[..., Any] | None, ...]:
+        """What tells this recurrence from another over the same streams."""
+        return self.writes, self.decay, self.scores, self.since
+
+    @property
+    def form(self) -> "Recurrence":
+        """The same with the shapes and dtypes of the arrays in their place, as a kernel that outlives them wants it."""
+        forms = {
+            name: Stream(stream.of, jax.ShapeDtypeStruct(stream.array.shape, stream.array.dtype))
+            for name, stream in self.streams.items()
+        }
+        return replace(self, streams=forms)
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -120,11 +135,22 @@ def scan(
 ) -> tuple[Float[Array, "T H V"], Float[Array, "L N H V K"]]:
     """Outputs of `shape` `[T, H, V]` in bfloat16, zero for padding and rows in decode, and the pool with the states."""
     tokens, heads, value_width = shape
+    ref = jax.new_ref(pool)
+    counts = jnp.append(work.counts, jnp.int32(layer))  # data, so that the layers of a model share one kernel
+    arguments = (*(stream.array for stream in recurrence.streams.values()), work.rows, counts, ref)
+    form = recurrence.form
+    settings = (name, shape, tiling, tuple(form.streams.items()), form.functions)
+    kernel = made_once(settings, arguments, lambda: _kernel(form, shape, work.rows.shape[0], tiling, name))
+    return kernel(*arguments).reshape(shape), jax.freeze(ref)
+
+
+def _kernel(recurrence: Recurrence, shape: tuple[int, ...], rows: int, tiling: Tiling, name: str) -> Callable[..., Any]:
+    """The kernel for so many rows; `recurrence` with the forms of its arrays."""
+    tokens, heads, value_width = shape
     parts = tiling.parts
-    streams = recurrence.streams
     items_a_row = heads * value_width // C // parts
-    blocks = min(BLOCKS, work.rows.shape[0] * items_a_row)
-    names = list(streams)
+    blocks = min(BLOCKS, rows * items_a_row)
+    names = list(recurrence.streams)
 
     def body(*refs: Any) -> None:
         sources = dict(zip(names, refs, strict=False))
@@ -151,7 +177,7 @@ def scan(
         plgpu.barrier_arrive(scratch["done"])  # nobody leaves while another still multiplies
         plgpu.barrier_wait(scratch["done"])
 
-    kernel = plgpu.kernel(
+    return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((tokens, heads * value_width), BF16),
         scratch_types=[_scratch(recurrence, tiling)],
@@ -163,10 +189,6 @@ def scan(
         kernel_name=name,
         interpret=interpreter(),
     )
-    ref = jax.new_ref(pool)
-    counts = jnp.append(work.counts, jnp.int32(layer))  # data, so that the layers of a model share one kernel
-    out = kernel(*(streams[name].array for name in names), work.rows, counts, ref)
-    return out.reshape(tokens, heads, value_width), jax.freeze(ref)
 
 
 def _scratch(recurrence: Recurrence, tiling: Tiling) -> dict[str, Any]:
@@ -453,7 +475,7 @@ def clear_others(context: _Context) -> None:
     """Zero the outputs of the tokens that no row in prefill owns: those before its rows and the padding behind."""
     walk, width = context.walk, context.out_ref.shape[1]
     decoded, padding = walk.count_ref[1], walk.count_ref[2]
-    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=min(8, width // 128))
+    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=math.gcd(8, width // 128))
     line = plgpu.layout_cast(jnp.zeros((width,), BF16), layout)
     block = lax.axis_index("block")
     mine = lax.div(decoded + context.tokens - padding - block + walk.blocks - 1, walk.blocks)

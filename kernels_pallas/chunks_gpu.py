@@ -50,7 +50,7 @@ class Work:
     """
 
     rows: Int[Array, "B 8"]  # longest first; columns as named above
-    chunks: Int[Array, "n 2"]  # first token and tokens; no tokens for an unused chunk
+    chunks: Int[Array, "n 3"]  # first token; tokens, none of an unused chunk; of a row's first chunk the row + 1
     tokens: Int[Array, "n C"]  # T where the chunk has none
     counts: Int[Array, "3"]
 
@@ -77,7 +77,7 @@ def plan(batch: RaggedBatch, tokens: int) -> Work:
 
 def _chunk_tables(
     batch: RaggedBatch, lengths: Array, ends: Array, first_chunk: Array, tokens: int
-) -> tuple[Int[Array, "n 2"], Int[Array, "n C"]]:
+) -> tuple[Int[Array, "n 3"], Int[Array, "n C"]]:
     count = (tokens + batch.rows * (C - 1)) // C  # each row adds less than one chunk
     index = jnp.arange(count, dtype=jnp.int32)
     row = (index[:, None] >= ends[None, :]).sum(axis=1)  # one comparison of all: a search would be a loop of launches
@@ -88,7 +88,21 @@ def _chunk_tables(
     start = jnp.where(used, batch.query_start[row] + inside, 0)
     offset = jnp.arange(C, dtype=jnp.int32)[None, :]
     token = jnp.where(offset < length[:, None], start[:, None] + offset, tokens)
-    return jnp.stack([start, length], axis=1).astype(jnp.int32), token.astype(jnp.int32)
+    first = jnp.where(used & (inside == 0), row + 1, 0)
+    return jnp.stack([start, length, first], axis=1).astype(jnp.int32), token.astype(jnp.int32)
+
+
+def fits_tiles(key_heads: int, state: tuple[int, ...]) -> bool:
+    """Whether the prefill kernels have states of this shape `[H, V, K]`, whose heads share so many heads of keys."""
+    heads, value_width, key_width = state
+    whole = heads % key_heads == 0 and heads * value_width % (2 * C) == 0
+    return key_width == 2 * C and value_width in (C, 2 * C) and whole
+
+
+def clear_behind(values: Float[Array, "T c"], batch: RaggedBatch) -> Float[Array, "T c"]:
+    """`values` with zeros selected behind the last row's last token, whatever they hold there."""
+    real = jnp.arange(values.shape[0], dtype=jnp.int32) < batch.query_start[-1]
+    return jnp.where(real[:, None], values, jnp.zeros((), values.dtype))
 
 
 def check_tokens(q: Array, v: Array, pool: Array) -> None:
@@ -97,11 +111,10 @@ def check_tokens(q: Array, v: Array, pool: Array) -> None:
         raise NotImplementedError(
             f"wanted bfloat16 tokens and a float32 state, got {q.dtype}, {v.dtype}, {pool.dtype}: use backend 'xla'"
         )
-    value_width, key_width = pool.shape[-2:]
-    if key_width != 2 * C or value_width not in (C, 2 * C) or v.shape[1] % q.shape[1]:
+    if not fits_tiles(q.shape[1], pool.shape[2:]):
         raise NotImplementedError(
-            f"wanted keys of 128 channels, values of 64 or 128, whole groups of heads, got q {q.shape}, v {v.shape}: "
-            "use backend 'xla'"
+            f"wanted keys of 128 channels, values of 64 or 128, 128 in all, whole groups of heads, got q {q.shape}, "
+            f"v {v.shape}: use backend 'xla'"
         )
 
 

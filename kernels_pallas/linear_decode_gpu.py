@@ -105,9 +105,9 @@ class Block:
         """Index of the slab in its layer."""
         return self.family * self.slabs.members + self.member
 
-    def tile(self, index: int) -> Any:
-        """Rows, in the slab, of a tile of this warpgroup."""
-        return pl.ds((self.warpgroup * self.slabs.tiles + index) * TILE, TILE)
+    def tile(self, index: int, start: Any = 0) -> Any:
+        """Rows, in the slab or in what holds its rows from `start` on, of a tile of this warpgroup."""
+        return pl.ds(start + (self.warpgroup * self.slabs.tiles + index) * TILE, TILE)
 
     def channels(self, index: int) -> Any:
         """Value channels, in the layer, of a tile of this warpgroup."""
@@ -391,14 +391,17 @@ class Window:
         return sum(terms[1:], start=terms[0])
 
 
-def read_window(block: Block, mixed: Ref, weight: Ref, tail: Ref, start: Any, owner: int | None) -> Window:
-    """Read this token's 128 channels from `start`, and the row's tail of them.
+def read_window(
+    block: Block, projected: Ref, first: Any, weight: Ref, tail: Ref, start: Any, owner: int | None
+) -> Window:
+    """Read this token's 128 channels, which are projected from `first` on, and the row's tail of them.
 
-    owner: the member that stores the new tail of channels that the whole family reads; None for a block's own.
+    start: of these channels among those of the convolution. owner: the member that stores the new tail of channels that
+    the whole family reads; None for a block's own.
     """
     channels = pl.ds(start, WIDTH)
     width = weight.shape[0]
-    new = plgpu.load(mixed.at[block.token, channels], layout=CHANNEL_LAYOUT, optimized=False)
+    new = plgpu.load(projected.at[block.token, pl.ds(first, WIDTH)], layout=CHANNEL_LAYOUT, optimized=False)
     weights = tuple(load_channels(weight.at[age, channels]) for age in range(width))
     old = []
     for age in range(width - 1):

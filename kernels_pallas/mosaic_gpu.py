@@ -3,9 +3,10 @@
 Knows no kind of attention. Kernels are bfloat16 in and out, with float32 states and sums.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
@@ -25,3 +26,20 @@ def interpreted(params: plgpu.InterpretGPUParams | None = None) -> Iterator[None
 def interpreter() -> plgpu.InterpretGPUParams | None:
     """What to pass as `interpret` to `plgpu.kernel`."""
     return _interpreter.get()
+
+
+_made: dict[Hashable, Callable[..., Any]] = {}
+
+
+def made_once(
+    settings: Hashable, arguments: Sequence[Any], make: Callable[[], Callable[..., Any]]
+) -> Callable[..., Any]:
+    """The kernel that `make` gives, the same object for equal settings and for arguments of equal shapes and dtypes.
+
+    Each object is traced, lowered and compiled on its own, a second or more a piece: the layers of a model must share
+    it. `make` may depend on nothing but `settings`, those shapes and dtypes, and whether kernels are interpreted.
+    """
+    key = settings, tuple((array.shape, str(array.dtype)) for array in arguments), interpreter()
+    if key not in _made:
+        _made[key] = make()
+    return _made[key]

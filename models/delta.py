@@ -1,7 +1,4 @@
-"""The gated delta rule between the projections of a family: sizes, weights of the op, memory, output projection.
-
-Knows no family: how the channels and gates are projected is the family's business.
-"""
+"""The mixer of the gated delta rule: sizes, products, weights of the op, memory. Knows no family."""
 
 from dataclasses import dataclass
 
@@ -10,6 +7,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.gdn import GDN, GDNWeights
 from kernels_pallas.op import ArraySpec, Cache, Memory, Place, RaggedBatch, StateSpec
+from kernels_pallas.rotary import Rotary
 from models.division import Divisible
 from models.hf_fields import MOST_HEADS, Fields, check_multiple
 from models.layers import Linear, RMSNorm, matrix, vector
@@ -32,6 +30,11 @@ class DeltaShape:
         return self.key_width, self.key_width, self.heads // self.key_heads * self.value_width
 
     @property
+    def projected(self) -> tuple[int, ...]:
+        """Channels that are projected for a key head: those, and the output gates of its value heads."""
+        return *self.parts, self.parts[-1]
+
+    @property
     def channels(self) -> tuple[int, int]:
         """Channels of the convolution, by key head: key heads, channels of each."""
         return self.key_heads, sum(self.parts)
@@ -50,11 +53,15 @@ def read_delta(f: Fields) -> DeltaShape:
     return shape
 
 
-class DeltaCore(Divisible):
-    """The gated delta rule between its input projections and the model: weights of the op, memory, output projection.
+class DeltaAttention(Divisible):
+    """The gated delta rule between two products with the residual stream.
 
+    Its inputs lie packed per key head, `[q | k | v.. | z..]` and `[b.. | a..]`, the dots standing for the value heads
+    that read the key head: a share of the heads is one range, and a step multiplies by two matrices instead of by six.
     `epsilon` is that of the output norm; `beta_scale` multiplies the strength of the update.
     """
+
+    kind = GDN.name
 
     def __init__(
         self,
@@ -67,43 +74,37 @@ class DeltaCore(Divisible):
         beta_scale: float = 1.0,
     ):
         heads, kernel = shape.heads, (shape.convolution, *shape.channels)
+        axes = ("model", "delta_heads", None)
+        self.projection = Linear(rngs, (width,), (shape.key_heads, sum(shape.projected)), axes, dtype)
+        self.gates = Linear(rngs, (width,), (shape.key_heads, 2, heads // shape.key_heads), (*axes, None), dtype)
         self.convolution = matrix(rngs, kernel, (None, "delta_heads", None), shape.convolution, "float32")
         self.decay_log = vector(0.0, (heads,), ("delta_heads",))
         self.decay_bias = vector(1.0, (heads,), ("delta_heads",))
         self.output_norm = RMSNorm(shape.value_width, epsilon)
         self.output = Linear(rngs, (heads * shape.value_width,), (width,), ("delta_heads", "model"), dtype)
-        self.key_heads = shape.key_heads
         self.epsilon = epsilon
         self.beta_scale = beta_scale
-        axes = ("delta_heads", None, None)
-        state = ArraySpec("state", (heads, shape.value_width, shape.key_width), "float32", axes)
+        state = ArraySpec("state", (heads, shape.value_width, shape.key_width), "float32", ("delta_heads", None, None))
         tail = (shape.convolution - 1, shape.key_heads * sum(shape.parts))
         self.memory: Memory = StateSpec((state, ArraySpec("tail", tail, dtype, (None, "delta_heads"))))
+        self.place = Place(0, 0)
         self.backend = GDN.choose(backend, self.memory, dtype)
 
     def __call__(
-        self,
-        mixed: Float[Array, "T G c"],
-        z: Float[Array, "T H V"],
-        b: Float[Array, "T H"],
-        a: Float[Array, "T H"],
-        place: Place,
-        cache: Cache,
-        batch: RaggedBatch,
+        self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
     ) -> tuple[Float[Array, "T D"], Cache]:
         kernel = self.convolution[...]
         weights = GDNWeights(
             kernel.reshape(kernel.shape[0], -1), self.decay_log[...], self.decay_bias[...], self.output_norm.weight
         )
-        state, tail = cache.slots(place)
-        out, state, tail = self.division.op(
-            GDN, self.backend, {"key_heads": self.key_heads, "epsilon": self.epsilon, "beta_scale": self.beta_scale}
-        )(mixed.reshape(mixed.shape[0], -1), z, b, a, weights, state, tail, place.layer, batch)
-        return self.output(out), cache.updated(place, (state, tail))
+        state, tail = cache.slots(self.place)
+        op = self.division.op(GDN, self.backend, {"epsilon": self.epsilon, "beta_scale": self.beta_scale})
+        out, state, tail = op(self.projection(x), self.gates(x), weights, state, tail, self.place.layer, batch)
+        return self.output(out), cache.updated(self.place, (state, tail))
 
 
-def core_rows(shape: DeltaShape, ours: str, theirs: str) -> list[Weight]:
-    """Rows of a `DeltaCore` with one convolution over all channels, in a weight table."""
+def delta_rows(shape: DeltaShape, ours: str, theirs: str) -> list[Weight]:
+    """Rows of what lies between the two products and after, published with one convolution over all channels."""
     convolution = Source((f"{theirs}.conv1d.weight",), "(g p) 1 w -> w g p", dealt=shape.parts)
     return [
         Weight(f"{ours}.convolution", (convolution,)),

@@ -10,13 +10,12 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kernels_pallas.gdn import GDN
 from kernels_pallas.gqa import GQA, GQAWeights
 from kernels_pallas.op import Cache, Memory, Place, RaggedBatch
 from kernels_pallas.rotary import Rotary, frequencies
 from models.attention import GroupedShape, kept_heads, repeated
 from models.decoder import Decoder, Layer, Mixer
-from models.delta import DeltaCore, DeltaShape
+from models.delta import DeltaAttention, DeltaShape
 from models.division import Divisible, Division
 from models.hf_fields import MOST_HEADS, MOST_LAYERS, Fields, check_multiple
 from models.layers import MLP, Embedding, Head, Linear, RMSNorm
@@ -106,28 +105,6 @@ def _read_theta(f: Fields) -> float | None:
     theta = rope.number("rope_theta") if rope.get("rope_theta") is not None else None
     rope.done()
     return theta
-
-
-class SplitDeltaAttention(nnx.Module):
-    """Gated delta rule whose queries, keys and values are published as projections and convolutions of their own."""
-
-    kind = GDN.name
-
-    def __init__(self, rngs: nnx.Rngs, width: int, shape: DeltaShape, beta_scale: float, dtype: str, backend: str):
-        heads = shape.heads
-        self.mixed = Linear(rngs, (width,), shape.channels, ("model", "delta_heads", None), dtype)
-        self.z = Linear(rngs, (width,), (heads, shape.value_width), ("model", "delta_heads", None), dtype)
-        self.b = Linear(rngs, (width,), (heads,), ("model", "delta_heads"), dtype)
-        self.a = Linear(rngs, (width,), (heads,), ("model", "delta_heads"), dtype)
-        self.core = DeltaCore(rngs, width, shape, DELTA_EPSILON, dtype, backend, beta_scale)
-        self.memory = self.core.memory
-        self.place = Place(0, 0)
-        self.backend = self.core.backend
-
-    def __call__(
-        self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
-    ) -> tuple[Float[Array, "T D"], Cache]:
-        return self.core(self.mixed(x), self.z(x), self.b(x), self.a(x), self.place, cache, batch)
 
 
 class JointNormAttention(Divisible):
@@ -235,7 +212,9 @@ class _Parts:
 
     def delta_layer(self) -> Layer:
         config = self.config
-        mixer = SplitDeltaAttention(self.rngs, config.width, config.delta, config.beta_scale, self.dtype, self.backend)
+        mixer = DeltaAttention(
+            self.rngs, config.width, config.delta, DELTA_EPSILON, self.dtype, self.backend, config.beta_scale
+        )
         return Layer(mixer, self._mlp(), self._norm(), self._norm())
 
     def _mlp(self) -> MLP:
@@ -286,19 +265,27 @@ def _attention_rows(ours: str, theirs: str) -> list[Weight]:
 def _delta_rows(shape: DeltaShape, ours: str, theirs: str) -> list[Weight]:
     mixer, tensors = f"{ours}.mixer", f"{theirs}.linear_attn"
     keys, values = shape.key_heads * shape.key_width, shape.heads * shape.value_width
-    projections = tuple(f"{tensors}.{part}_proj.weight" for part in "qkv")
-    convolutions = tuple(f"{tensors}.{part}_conv1d.weight" for part in "qkv")
-    joined, dealt = (keys, keys, values), shape.parts
+    projection = Source(
+        tuple(f"{tensors}.{part}_proj.weight" for part in "qkvg"),
+        "(g p) d -> d g p",
+        joined=(keys, keys, values, values),
+        dealt=shape.projected,
+    )
+    gates = Source(tuple(f"{tensors}.{part}_proj.weight" for part in "ba"), "c (g r) d -> d g c r", (2,))
+    convolution = Source(
+        tuple(f"{tensors}.{part}_conv1d.weight" for part in "qkv"),
+        "(g p) 1 w -> w g p",
+        joined=(keys, keys, values),
+        dealt=shape.parts,
+    )
     return [
         _norm_row(f"{ours}.norm.scale", theirs, "input_layernorm", "attention_layer_norm"),
         _norm_row(f"{ours}.feed_forward_norm.scale", theirs, "post_attention_layernorm", "feedforward_layer_norm"),
-        weight(f"{mixer}.z.kernel", f"{tensors}.g_proj.weight", "(h v) d -> d h v"),
-        weight(f"{mixer}.b.kernel", f"{tensors}.b_proj.weight", "h d -> d h"),
-        weight(f"{mixer}.a.kernel", f"{tensors}.a_proj.weight", "h d -> d h"),
-        weight(f"{mixer}.core.decay_log", f"{tensors}.A_log", "h -> h"),
-        weight(f"{mixer}.core.decay_bias", f"{tensors}.dt_bias", "h -> h"),
-        weight(f"{mixer}.core.output_norm.scale", f"{tensors}.o_norm.weight", "v -> v"),
-        weight(f"{mixer}.core.output.kernel", f"{tensors}.o_proj.weight", "d v -> v d"),
-        Weight(f"{mixer}.mixed.kernel", (Source(projections, "(g p) d -> d g p", joined=joined, dealt=dealt),)),
-        Weight(f"{mixer}.core.convolution", (Source(convolutions, "(g p) 1 w -> w g p", joined=joined, dealt=dealt),)),
+        Weight(f"{mixer}.projection.kernel", (projection,)),
+        Weight(f"{mixer}.gates.kernel", (gates,)),
+        Weight(f"{mixer}.convolution", (convolution,)),
+        weight(f"{mixer}.decay_log", f"{tensors}.A_log", "h -> h"),
+        weight(f"{mixer}.decay_bias", f"{tensors}.dt_bias", "h -> h"),
+        weight(f"{mixer}.output_norm.scale", f"{tensors}.o_norm.weight", "v -> v"),
+        weight(f"{mixer}.output.kernel", f"{tensors}.o_proj.weight", "d v -> v d"),
     ]

@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from flax import nnx
-from jaxtyping import Array, Float
 
-from kernels_pallas.gdn import GDN
-from kernels_pallas.op import Cache, Place, RaggedBatch
-from kernels_pallas.rotary import Rotary, frequencies
+from kernels_pallas.rotary import frequencies
 from models.attention import GatedGroupedAttention, GroupedShape, NormShape
 from models.decoder import Decoder, Draft, Layer
-from models.delta import DeltaCore, DeltaShape, core_rows, read_delta
+from models.delta import DeltaAttention, DeltaShape, delta_rows, read_delta
 from models.hf_fields import MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, Fields
 from models.layers import MLP, Embedding, Head, Linear, RMSNorm
 from models.moe import Experts, GatedSharedExpert, MoE, PlainRouter, SoftmaxTopK
@@ -159,28 +156,6 @@ def _read_rope(f: Fields, head_width: int) -> tuple[float, int]:
     return theta, int(rotated)
 
 
-class DeltaAttention(nnx.Module):
-    """Gated delta rule with separate projections: mixed channels, output gate, update gate, decay gate."""
-
-    kind = GDN.name
-
-    def __init__(self, rngs: nnx.Rngs, width: int, shape: DeltaShape, epsilon: float, dtype: str, backend: str):
-        heads = shape.heads
-        self.mixed = Linear(rngs, (width,), shape.channels, ("model", "delta_heads", None), dtype)
-        self.z = Linear(rngs, (width,), (heads, shape.value_width), ("model", "delta_heads", None), dtype)
-        self.b = Linear(rngs, (width,), (heads,), ("model", "delta_heads"), dtype)
-        self.a = Linear(rngs, (width,), (heads,), ("model", "delta_heads"), dtype)
-        self.core = DeltaCore(rngs, width, shape, epsilon, dtype, backend)
-        self.memory = self.core.memory
-        self.place = Place(0, 0)
-        self.backend = self.core.backend
-
-    def __call__(
-        self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
-    ) -> tuple[Float[Array, "T D"], Cache]:
-        return self.core(self.mixed(x), self.z(x), self.b(x), self.a(x), self.place, cache, batch)
-
-
 class Model(Decoder):
     """The decoder of this family."""
 
@@ -229,7 +204,7 @@ class _Parts:
         if sparse is None:
             return MLP(rngs, width, self.config.dense_width, dtype)
         router = PlainRouter(rngs, width, sparse.experts, SoftmaxTopK(sparse.chosen), dtype)
-        experts = Experts(rngs, sparse.experts, width, sparse.width, dtype)
+        experts = Experts(rngs, sparse.experts, width, sparse.width, dtype, backend=self.backend)
         return MoE(router, experts, GatedSharedExpert(rngs, width, sparse.shared_width, dtype))
 
 
@@ -283,13 +258,14 @@ def attention_rows(ours: str, theirs: str) -> list[Weight]:
 
 def _delta_rows(shape: DeltaShape, ours: str, theirs: str) -> list[Weight]:
     theirs = f"{theirs}.linear_attn"
-    mixed = Source((f"{theirs}.in_proj_qkv.weight",), "(g p) d -> d g p", dealt=shape.parts)
+    channels, gated = (heads * width for heads, width in (shape.channels, (shape.heads, shape.value_width)))
+    names = (f"{theirs}.in_proj_qkv.weight", f"{theirs}.in_proj_z.weight")
+    projection = Source(names, "(g p) d -> d g p", joined=(channels, gated), dealt=shape.projected)
+    gates = Source((f"{theirs}.in_proj_b.weight", f"{theirs}.in_proj_a.weight"), "c (g r) d -> d g c r", (2,))
     return [
-        Weight(f"{ours}.mixed.kernel", (mixed,)),
-        weight(f"{ours}.z.kernel", f"{theirs}.in_proj_z.weight", "(h v) d -> d h v"),
-        weight(f"{ours}.b.kernel", f"{theirs}.in_proj_b.weight", "h d -> d h"),
-        weight(f"{ours}.a.kernel", f"{theirs}.in_proj_a.weight", "h d -> d h"),
-        *core_rows(shape, f"{ours}.core", theirs),
+        Weight(f"{ours}.projection.kernel", (projection,)),
+        Weight(f"{ours}.gates.kernel", (gates,)),
+        *delta_rows(shape, ours, theirs),
     ]
 
 

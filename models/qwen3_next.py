@@ -1,6 +1,6 @@
 """Qwen3-Next: gated delta rule with gated attention, a mixture of experts in every layer.
 
-Same layers as Qwen3.5 but for the projections of the delta rule, which are packed per key head. Published checkpoints
+Same layers as Qwen3.5; the projections of the delta rule are published as they lie in the model. Published checkpoints
 hold a draft layer (`mtp.*`) that their config does not announce: `complete` reads it off the tensors. Definition: the
 `qwen3_next` classes of transformers, which leave the draft layer out; that follows the open serving engines.
 """
@@ -9,16 +9,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
-from kernels_pallas.gdn import GDN
-from kernels_pallas.op import Cache, Place, RaggedBatch
-from kernels_pallas.rotary import Rotary, frequencies
+from kernels_pallas.rotary import frequencies
 from models.attention import GatedGroupedAttention, GroupedShape, NormShape
 from models.decoder import Decoder, Draft, Layer, Mixer
-from models.delta import DeltaCore, DeltaShape, core_rows, read_delta
+from models.delta import DeltaAttention, DeltaShape, delta_rows, read_delta
 from models.hf_fields import MOST_HEADS, MOST_LAYERS, Fields
 from models.layers import Embedding, Head, Linear, RMSNorm
 from models.moe import Experts, GatedSharedExpert, MoE, PlainRouter, SoftmaxTopK
@@ -103,38 +99,6 @@ def _read_rotary_width(f: Fields, head_width: int) -> int:
     return int(rotated)
 
 
-class PackedDeltaAttention(nnx.Module):
-    """Gated delta rule whose projections are packed per key head: `[q | k | v.. | z..]` and `[b.. | a..]`.
-
-    The dots stand for the value heads that read the key head. The kernels keep the packed order, so that each is one
-    published tensor; it is that of the convolution, too.
-    """
-
-    kind = GDN.name
-
-    def __init__(self, rngs: nnx.Rngs, width: int, shape: DeltaShape, epsilon: float, dtype: str, backend: str):
-        each = shape.heads // shape.key_heads
-        packed = 2 * (shape.key_width + each * shape.value_width)
-        axes = ("model", "delta_heads", None)
-        self.query_key_value_z = Linear(rngs, (width,), (shape.key_heads, packed), axes, dtype)
-        self.b_a = Linear(rngs, (width,), (shape.key_heads, 2, each), (*axes, None), dtype)
-        self.core = DeltaCore(rngs, width, shape, epsilon, dtype, backend)
-        self.shape = shape
-        self.memory = self.core.memory
-        self.place = Place(0, 0)
-        self.backend = self.core.backend
-
-    def __call__(
-        self, x: Float[Array, "T D"], rotary: Rotary | None, cache: Cache, batch: RaggedBatch
-    ) -> tuple[Float[Array, "T D"], Cache]:
-        shape, tokens = self.shape, x.shape[0]
-        mixed, z = jnp.split(self.query_key_value_z(x), [sum(shape.parts)], axis=2)
-        z = z.reshape(tokens, shape.heads, shape.value_width)
-        b_a = self.b_a(x)
-        b, a = b_a[:, :, 0].reshape(tokens, -1), b_a[:, :, 1].reshape(tokens, -1)
-        return self.core(mixed, z, b, a, self.place, cache, batch)
-
-
 def complete(hf: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
     """The config with the draft layer that is among the tensors, where it says nothing of one."""
     unannounced = DRAFT_FIELD not in hf and any(name.startswith("mtp.") for name in tensors)
@@ -180,14 +144,14 @@ class _Parts:
         norm, scale = NormShape(config.epsilon, offset=1.0), config.attention.width**-0.5
         return GatedGroupedAttention(self.rngs, config.width, config.attention, norm, scale, self.dtype, self.backend)
 
-    def _delta(self) -> PackedDeltaAttention:
+    def _delta(self) -> DeltaAttention:
         config = self.config
-        return PackedDeltaAttention(self.rngs, config.width, config.delta, config.epsilon, self.dtype, self.backend)
+        return DeltaAttention(self.rngs, config.width, config.delta, config.epsilon, self.dtype, self.backend)
 
     def _moe(self) -> MoE:
         width, rngs, dtype, sparse = self.config.width, self.rngs, self.dtype, self.config.sparse
         router = PlainRouter(rngs, width, sparse.experts, SoftmaxTopK(sparse.chosen), dtype)
-        experts = Experts(rngs, sparse.experts, width, sparse.width, dtype)
+        experts = Experts(rngs, sparse.experts, width, sparse.width, dtype, backend=self.backend)
         return MoE(router, experts, GatedSharedExpert(rngs, width, sparse.shared_width, dtype))
 
 
@@ -225,7 +189,7 @@ def _layer_rows(config: Config, kind: str, ours: str, theirs: str) -> list[Weigh
 def _delta_rows(shape: DeltaShape, ours: str, theirs: str) -> list[Weight]:
     theirs = f"{theirs}.linear_attn"
     return [
-        weight(f"{ours}.query_key_value_z.kernel", f"{theirs}.in_proj_qkvz.weight", "(g p) d -> d g p"),
-        weight(f"{ours}.b_a.kernel", f"{theirs}.in_proj_ba.weight", "(g c r) d -> d g c r"),
-        *core_rows(shape, f"{ours}.core", theirs),
+        weight(f"{ours}.projection.kernel", f"{theirs}.in_proj_qkvz.weight", "(g p) d -> d g p"),
+        weight(f"{ours}.gates.kernel", f"{theirs}.in_proj_ba.weight", "(g c r) d -> d g c r"),
+        *delta_rows(shape, ours, theirs),
     ]

@@ -1,4 +1,4 @@
-"""Full attention at the shapes of models: rows in decode by the ops, rows that prefill by kernels that no op calls yet.
+"""Full attention at the shapes of models: rows in decode by the ops, rows that prefill by their kernels alone.
 
 Pages are scattered over the pool. Before a prefill kernel is timed, some of its outputs are compared with float64
 attention over the same pages. Knows the kinds' arguments and the kernels' plans.
@@ -43,7 +43,7 @@ def gqa_decode(heads: int, key_heads: int, width: int, rows: int, context: int, 
     def make() -> Any:
         batch = paged_batch((1,) * rows, context - 1, rows)
         q, k, v = (_normal(i, rows, n, width) for i, n in enumerate((heads, key_heads, key_heads)))
-        pages = _normal(3, 1, int(batch.pages.max()) + 1, PAGE, 2, key_heads, width)
+        pages = _normal(3, 1, int(batch.pages.max()) + 1, PAGE, key_heads * 2 * width)
 
         def step(pages: Array, q: Array, k: Array, v: Array, batch: RaggedBatch) -> tuple[Array, Array]:
             options = {"scale": width**-0.5, "epsilon": EPSILON}
@@ -86,7 +86,7 @@ def gqa_prefill(heads: int, key_heads: int, width: int, prompts: tuple[int, ...]
     def make() -> Any:
         batch = paged_batch(prompts, 0, 0)
         q = _normal(0, tokens, heads, width)
-        pages = _normal(1, 1, int(batch.pages.max()) + 1, PAGE, 2, key_heads, width)
+        pages = _normal(1, 1, int(batch.pages.max()) + 1, PAGE, key_heads, 2, width)
 
         def step(q: Array, pages: Array, batch: RaggedBatch) -> tuple[Array]:
             units = plan_units(batch, tokens)
@@ -97,7 +97,7 @@ def gqa_prefill(heads: int, key_heads: int, width: int, prompts: tuple[int, ...]
         def wanted(row: int, position: int, query: np.ndarray) -> np.ndarray:
             cached = _cached(pages, batch, row, position)
             key_head = np.arange(heads) // (heads // key_heads)
-            return _dense(query, cached[:, 0, key_head], cached[:, 1, key_head], width**-0.5)
+            return _dense(query, cached[:, key_head, 0], cached[:, key_head, 1], width**-0.5)
 
         check(jax.jit(step)(q, pages, batch)[0], q, prompts, wanted)
         return step, (q, pages, batch), ()

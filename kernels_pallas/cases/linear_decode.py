@@ -144,11 +144,12 @@ def _tail(channels: int) -> Any:
 def gdn(key_heads: int, heads: int) -> Layer:
     """The gated delta rule: Qwen3-Next and Qwen3.5."""
     channels = (2 * key_heads + heads) * WIDTH
-    inputs = ((channels,), (heads, WIDTH), (heads,), (heads,))
+    each = heads // key_heads
+    inputs = ((key_heads, 2 * (1 + each) * WIDTH), (key_heads, 2, each))
     weights = GDNWeights(_f32(4, channels), _f32(heads), _f32(heads), _f32(WIDTH))
 
     def call(backend: str, inputs: Any, weights: Any, pools: Any, index: int, batch: RaggedBatch) -> Any:
-        out, *pools = GDN.on(backend)(*inputs, weights, *pools, index, batch, key_heads=key_heads, epsilon=EPSILON)
+        out, *pools = GDN.on(backend)(*inputs, weights, *pools, index, batch, epsilon=EPSILON)
         return out, tuple(pools)
 
     pools = (_f32(heads, WIDTH, WIDTH), _tail(channels))

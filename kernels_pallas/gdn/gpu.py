@@ -1,12 +1,12 @@
-"""The gated delta rule on Hopper: rows in decode by one kernel from the projections to the gated output.
+"""The gated delta rule on Hopper: rows in decode by one kernel from the projections to the gated output, rows that
+prefill by chunks (`gpu_prefill`).
 
 The recurrence of `xla.py`, with the sums over key channels of one pass over the state (k and q not yet of unit length,
 c_k and c_q what makes them so, d the decay):
 
     w = c_k beta (v - d c_k S k);   o = c_q (d S q + (q . k) w);   S <- d S + w k^T
 
-A family of blocks is the value heads of one key head; a slab is one head, so that its norm needs no other block. Rows
-that prefill take the path of `xla.py`.
+A family of blocks is the value heads of one key head; a slab is one head, so that its norm needs no other block.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from kernels_pallas.gdn.gpu_prefill import gdn_prefill
 from kernels_pallas.gdn.xla import GDNWeights
-from kernels_pallas.gdn.xla import gdn as gdn_xla
 from kernels_pallas.linear_decode_gpu import (
     MEMBERS,
     WIDTH,
@@ -57,17 +57,14 @@ class _Settings:
 
 
 def gdn(
-    mixed: Float[Array, "T 2*G*K+H*V"],
-    z: Float[Array, "T H V"],
-    b: Float[Array, "T H"],
-    a: Float[Array, "T H"],
+    projected: Float[Array, "T G c"],
+    gates: Float[Array, "T G 2 n"],
     weights: GDNWeights,
     state: Float[Array, "L N H V K"],
     tail: Float[Array, "L N W-1 2*G*K+H*V"],
     layer: int,
     batch: RaggedBatch,
     *,
-    key_heads: int,
     epsilon: float,
     beta_scale: float = 1.0,
 ) -> tuple[Float[Array, "T H*V"], Float[Array, "L N H V K"], Float[Array, "L N W-1 2*G*K+H*V"]]:
@@ -76,27 +73,26 @@ def gdn(
     Raises NotImplementedError unless activations and tails are bfloat16, states float32, key and value heads 128 wide,
     and a key head serves at most 8 value heads.
     """
-    heads, value_width, _ = state.shape[2:]
-    check_decode("gdn", (mixed, z, b, a, tail), state)
+    (heads, value_width, _), key_heads = state.shape[2:], projected.shape[1]
+    check_decode("gdn", (projected, gates, tail), state)
     if value_width != WIDTH or heads > MEMBERS * key_heads:
         raise NotImplementedError(
             f"gdn on a GPU wants value heads of width {WIDTH}, at most {MEMBERS} of a key head, got width {value_width}"
             f" and {heads} of {key_heads} key heads; use backend 'xla'"
         )
-    inputs = (mixed, z.reshape(z.shape[0], -1), b, a, *_kernel_weights(weights))
+    inputs = (*(x.reshape(x.shape[0], -1) for x in (projected, gates)), *_kernel_weights(weights))
     settings = _Settings(epsilon, beta_scale)
     slabs = Slabs(key_heads, heads // key_heads, WIDTH, warpgroups(batch.rows * heads))
 
     def prefill(pools: tuple[Array, ...], batch: RaggedBatch) -> tuple[Array, tuple[Array, ...]]:
         state, tail = pools
-        out, state, tail = gdn_xla(
-            mixed, z, b, a, weights, state, tail, layer, batch,
-            key_heads=key_heads, epsilon=epsilon, beta_scale=beta_scale,
-        )  # fmt: skip
+        out, state, tail = gdn_prefill(
+            projected, gates, weights, state, tail, layer, batch, epsilon=epsilon, beta_scale=beta_scale
+        )
         return out, (state, tail)
 
     def step(pools: tuple[Array, ...], batch: RaggedBatch) -> tuple[Array, tuple[Array, ...]]:
-        return decode("gdn_decode", _decode_row, settings, slabs, 3, inputs, pools, layer, batch, mixed.dtype)
+        return decode("gdn_decode", _decode_row, settings, slabs, 3, inputs, pools, layer, batch, projected.dtype)
 
     out, (state, tail) = by_rows(step, prefill, (state, tail), batch)
     return out, state, tail
@@ -108,17 +104,20 @@ def _kernel_weights(weights: GDNWeights) -> tuple[Array, ...]:
 
 def _decode_row(settings: _Settings, block: Block, inputs: tuple[Ref, ...], tail: Ref, out: Ref) -> None:
     """One row, one value head."""
-    mixed, z, b, a, convolution, decay_log, decay_bias, output_norm = inputs
+    projected, gates, convolution, decay_log, decay_bias, output_norm = inputs
     fetch_state(block)
-    head, token, tiles = block.slab, block.token, range(block.slabs.tiles)
-    first = block.family * (2 + block.slabs.members)
-    starts = (first * WIDTH, (first + 1) * WIDTH, (first + 2 + block.member) * WIDTH)
-    owners = (0, block.slabs.members - 1, None)
-    windows = tuple(read_window(block, mixed, convolution, tail, *place) for place in zip(starts, owners, strict=True))
-    beta = settings.beta_scale * jax.nn.sigmoid(b[token, head].astype(jnp.float32))
-    rate = softplus(a[token, head].astype(jnp.float32) + decay_bias[head])
+    head, token, tiles, each = block.slab, block.token, range(block.slabs.tiles), block.slabs.members
+    first, kept = block.family * (2 + 2 * each) * WIDTH, block.family * (2 + each) * WIDTH
+    places = ((0, 0), (WIDTH, each - 1), ((2 + block.member) * WIDTH, None))  # channels of the key head, owner
+    windows = tuple(
+        read_window(block, projected, first + start, convolution, tail, kept + start, owner) for start, owner in places
+    )
+    gate = 2 * block.family * each + block.member
+    beta = settings.beta_scale * jax.nn.sigmoid(gates[token, gate].astype(jnp.float32))
+    rate = softplus(gates[token, gate + each].astype(jnp.float32) + decay_bias[head])
     decay = jnp.exp(-jnp.exp(decay_log[head]) * rate)
-    gates = [load_row(z.at[token, block.channels(index)]) for index in tiles]
+    z = first + (2 + each + block.member) * WIDTH
+    closed = [load_row(projected.at[token, block.tile(index, z)]) for index in tiles]
     norms = [load_row(output_norm.at[block.tile(index)]) for index in tiles]
     for vector, window in zip((QUERY, KEY, VALUE), windows, strict=True):
         block.vector(vector)[...] = silu(window.convolved())
@@ -136,7 +135,7 @@ def _decode_row(settings: _Settings, block: Block, inputs: tuple[Ref, ...], tail
         update(block, index, alike(decay), added, KEY)
     store_state(block)
     scale = lax.rsqrt(squared(block, outputs) * (1.0 / WIDTH) + settings.epsilon)
-    for index, output, gate, norm in zip(tiles, outputs, gates, norms, strict=True):
+    for index, output, gate, norm in zip(tiles, outputs, closed, norms, strict=True):
         out.at[token, block.channels(index)][...] = (output * scale * norm * silu(gate)).astype(out.dtype)
     finish(block, tail, windows)
 

@@ -34,6 +34,7 @@ from kernels_pallas.chunks_gpu import (
     along_columns,
     along_rows,
     check_tokens,
+    clear_behind,
     compiler_params,
     iota,
     plan,
@@ -43,10 +44,10 @@ from kernels_pallas.chunks_gpu import (
     streamed,
     tiles,
 )
-from kernels_pallas.gdn.xla import GDNWeights, by_key_head
-from kernels_pallas.mosaic_gpu import interpreter
-from kernels_pallas.norm import l2, rms
-from kernels_pallas.op import RaggedBatch, clear_padding, take
+from kernels_pallas.convolution_gpu import delta_inputs, store_tails
+from kernels_pallas.gdn.xla import GDNWeights
+from kernels_pallas.mosaic_gpu import interpreter, made_once
+from kernels_pallas.op import RaggedBatch, read_states, take
 from kernels_pallas.scalar_decay_gpu import (
     TOTAL,
     UNTIL,
@@ -56,7 +57,6 @@ from kernels_pallas.scalar_decay_gpu import (
     decayed_scores,
     gate,
 )
-from kernels_pallas.short_conv.xla import short_conv
 
 BETA, BETA_SINCE = 2, 3  # rows of a chunk's gates beside those of the decay: beta, and beta e^G
 
@@ -83,35 +83,42 @@ def prefill(
 
 
 def gdn_prefill(
-    mixed: Float[Array, "T 2*G*K+H*V"],
-    z: Float[Array, "T H V"],
-    b: Float[Array, "T H"],
-    a: Float[Array, "T H"],
+    projected: Float[Array, "T G c"],
+    gates: Float[Array, "T G 2 n"],
     weights: GDNWeights,
     state: Float[Array, "L N H V K"],
     tail: Float[Array, "L N W-1 2*G*K+H*V"],
     layer: int,
     batch: RaggedBatch,
     *,
-    key_heads: int,
     epsilon: float,
     beta_scale: float = 1.0,
 ) -> tuple[Float[Array, "T H*V"], Float[Array, "L N H V K"], Float[Array, "L N W-1 2*G*K+H*V"]]:
     """One layer between its projections for the rows that prefill, as `xla.gdn`; none may be in decode.
 
-    The convolution, the gates and the output norm are left to XLA; queries, keys and values are rounded to bfloat16.
+    The gates and the output norm are left to XLA; queries, keys and values are rounded to bfloat16.
     """
-    heads, value_width, key_width = state.shape[2:]
-    channels, tail = short_conv(mixed, weights.convolution, tail, layer, batch)
-    q, k, v = by_key_head(jax.nn.silu(channels), key_heads, key_width)
-    q, k = l2(q) * key_width**-0.5, l2(k)
-    beta = beta_scale * jax.nn.sigmoid(b.astype(F32))
-    rate = jax.nn.softplus(a.astype(F32) + weights.decay_bias[None, :])
-    decay = -jnp.exp(weights.decay_log)[None, :] * rate
-    tokens = (q.astype(BF16), k.astype(BF16), v.reshape(-1, heads, value_width).astype(BF16), decay, beta)
-    out, state = prefill(tokens, state, layer, batch)
-    out = rms(out, weights.output_norm, epsilon) * jax.nn.silu(z.astype(F32))
-    return clear_padding(out.reshape(out.shape[0], -1).astype(mixed.dtype), batch), state, tail
+    (heads, value_width, _), tokens = state.shape[2:], projected.shape[0]
+    tails = read_states(tail, layer, batch)
+    q, k, v = delta_inputs(projected, weights.convolution, tails, plan(batch, tokens))
+    tail = store_tails(projected, tails, tail, layer, batch)
+    z = projected[:, :, tail.shape[3] // projected.shape[1] :].reshape(tokens, heads, value_width)
+    b, a = (gates[:, :, i].reshape(tokens, heads).astype(F32) for i in range(2))
+    beta = beta_scale * jax.nn.sigmoid(b)
+    decay = -jnp.exp(weights.decay_log)[None, :] * jax.nn.softplus(a + weights.decay_bias[None, :])
+    out, state = prefill((q, k, v, decay, beta), state, layer, batch)
+    out = gated_rms(out, weights.output_norm, jax.nn.silu(z.astype(F32)), epsilon)
+    return clear_behind(out.reshape(tokens, -1).astype(projected.dtype), batch), state, tail
+
+
+def gated_rms(
+    out: Float[Array, "T H V"], weight: Float[Array, "V"], gate: Float[Array, "T H V"], epsilon: float
+) -> Float[Array, "T H V"]:
+    """`norm.rms` times a gate, in float32. The norm's factors stand alone, behind the barrier: with them in one fusion
+    XLA stores the normed outputs in float32 and reads them again for the gate."""
+    out = out.astype(F32)
+    factor = lax.optimization_barrier(lax.rsqrt(jnp.mean(out * out, axis=-1, keepdims=True) + epsilon))
+    return out * factor * weight.astype(F32)[None, None, :] * gate
 
 
 def tiling(rows: int) -> Tiling:
@@ -184,17 +191,22 @@ def solve(k: Float[Array, "T G K"], gates: Float[Array, "n H 4 C"], work: Work) 
                 plgpu.copy_smem_to_gmem(t_s, out_ref.at[n, group * each + r, 0])
             plgpu.wait_smem_to_gmem(0)
 
-    kernel = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((chunks, heads, 1, *TILE), BF16),
-        scratch_types=[tiles(2), tiles(), tiles(), stage_tile(), plgpu.Barrier(num_arrivals=2)],
-        grid=(chunks, k.shape[1]),
-        grid_names=("n", "g"),
-        compiler_params=compiler_params(),
-        kernel_name="gdn_solve",
-        interpret=interpreter(),
+    arguments = (k, gates, work.chunks)
+    kernel = made_once(
+        ("gdn_solve",),
+        arguments,
+        lambda: plgpu.kernel(
+            body,
+            out_type=jax.ShapeDtypeStruct((chunks, heads, 1, *TILE), BF16),
+            scratch_types=[tiles(2), tiles(), tiles(), stage_tile(), plgpu.Barrier(num_arrivals=2)],
+            grid=(chunks, k.shape[1]),
+            grid_names=("n", "g"),
+            compiler_params=compiler_params(),
+            kernel_name="gdn_solve",
+            interpret=interpreter(),
+        ),
     )
-    return kernel(k, gates, work.chunks)
+    return kernel(*arguments)
 
 
 def _system_gates(gates: Any) -> tuple[Array, Array, Array]:

@@ -42,10 +42,48 @@ class GDNWeights:
     output_norm: Float[Array, "V"]
 
 
-SHARES = Shares("delta_heads", (1, 1, 1, 1, (1, 0, 0, None), 2, 3, CONSTANT, None), (1, 2, 3), ("key_heads",))
+SHARES = Shares("delta_heads", (1, 1, (1, 0, 0, None), 2, 3, CONSTANT, None), (1, 2, 3))
 
 
 def gdn(
+    projected: Float[Array, "T G c"],
+    gates: Float[Array, "T G 2 n"],
+    weights: GDNWeights,
+    state: Float[Array, "L N H V K"],
+    tail: Float[Array, "L N W-1 2*G*K+H*V"],
+    layer: int,
+    batch: RaggedBatch,
+    *,
+    epsilon: float,
+    beta_scale: float = 1.0,
+) -> tuple[Float[Array, "T H*V"], Float[Array, "L N H V K"], Float[Array, "L N W-1 2*G*K+H*V"]]:
+    """One gated delta rule layer between its projections.
+
+    Args:
+      projected: by key head: its query, its key, the values of the n = H / G value heads that read it (these three pass
+        the convolution), and their output gates z; c = 2 (K + n V). gates: by key head: those of the update, b, and
+        those of the decay, a. epsilon: of the output norm. beta_scale: 2 allows negative eigenvalues.
+    Returns the gated output in the dtype of `projected`, zeros for padding, and both pools.
+    """
+    unpacked = unpack(projected, gates, state.shape)
+    return gdn_unpacked(
+        *unpacked, weights, state, tail, layer, batch,
+        key_heads=projected.shape[1], epsilon=epsilon, beta_scale=beta_scale,
+    )  # fmt: skip
+
+
+def unpack(
+    projected: Float[Array, "T G c"], gates: Float[Array, "T G 2 n"], state: tuple[int, ...]
+) -> tuple[Float[Array, "T 2*G*K+H*V"], Float[Array, "T H V"], Float[Array, "T H"], Float[Array, "T H"]]:
+    """The channels of the convolution by key head, z, b and a, for a pool of states of this shape."""
+    tokens, (heads, value_width, _) = projected.shape[0], state[2:]
+    gated = heads // projected.shape[1] * value_width
+    mixed, z = projected[:, :, :-gated], projected[:, :, -gated:]
+    b, a = gates[:, :, 0].reshape(tokens, heads), gates[:, :, 1].reshape(tokens, heads)
+    return mixed.reshape(tokens, -1), z.reshape(tokens, heads, value_width), b, a
+
+
+def gdn_unpacked(
     mixed: Float[Array, "T 2*G*K+H*V"],
     z: Float[Array, "T H V"],
     b: Float[Array, "T H"],
@@ -60,14 +98,7 @@ def gdn(
     epsilon: float,
     beta_scale: float = 1.0,
 ) -> tuple[Float[Array, "T H*V"], Float[Array, "L N H V K"], Float[Array, "L N W-1 2*G*K+H*V"]]:
-    """One gated delta rule layer between its projections.
-
-    Args:
-      mixed: projected channels before the convolution, by key head: its query, its key, the values of the H / G value
-        heads that read it. z: output gate. b, a: gates of the update and of the decay. epsilon: of the output norm.
-        beta_scale: 2 allows negative eigenvalues.
-    Returns the gated output in the dtype of `mixed`, zeros for padding, and both pools.
-    """
+    """`gdn` with its inputs one by one, as `unpack` gives them."""
     heads, value_width, key_width = state.shape[2:]
     channels, tail = short_conv(mixed, weights.convolution, tail, layer, batch)
     q, k, v = by_key_head(jax.nn.silu(channels), key_heads, key_width)

@@ -2,25 +2,22 @@
 
     store_tokens      this step's keys and values to their pages, in place
     attend_items      rows in decode, cut along their cached tokens; sum_splits joins the parts
+    attend_chunks     rows that prefill, 64 queries at a time
 
-Rows that prefill go the way of `xla.py`, 256 queries at a time. Norms, rotary and gate are left to XLA. Each path
-touches its own rows only.
+Norms, rotary and gate are left to XLA. Each path touches its own rows only.
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.attention import attend_rows
 from kernels_pallas.gqa.gpu_decode import ROWS, attend_items, decode_plan
 from kernels_pallas.gqa.gpu_pages import RUN, store_tokens, token_places
+from kernels_pallas.gqa.gpu_prefill import attend_chunks, plan_units
 from kernels_pallas.gqa.gpu_splits import BLOCK, split_rows, sum_splits
 from kernels_pallas.gqa.xla import GQAWeights
-from kernels_pallas.gqa.xla import _attend as _attend_pages
 from kernels_pallas.norm import rms
-from kernels_pallas.op import KVSpec, RaggedBatch, clear_padding, decode_tokens, read_pages, take, token_rows
+from kernels_pallas.op import KVSpec, RaggedBatch, clear_padding, decode_tokens, take, token_rows
 from kernels_pallas.rotary import Rotary, rotate_halves
 
 WIDTHS = (64, 128, 256)
@@ -35,30 +32,32 @@ def gqa(
     gate: Float[Array, "T H D"] | None,
     weights: GQAWeights,
     rotary: Rotary | None,
-    pages: Float[Array, "L P S 2 G D"],
+    pages: Float[Array, "L P S G*2*D"],
     layer: int,
     batch: RaggedBatch,
     *,
     scale: float,
     epsilon: float,
-) -> tuple[Float[Array, "T H*D"], Float[Array, "L P S 2 G D"]]:
+) -> tuple[Float[Array, "T H*D"], Float[Array, "L P S G*2*D"]]:
     """One attention layer between its projections, as `xla.gqa` defines it; the pages are updated in place.
 
     Raises NotImplementedError for other dtypes than bfloat16 and for widths and page sizes without a kernel.
     """
+    shape = pages.shape
+    pages = pages.reshape(*shape[:3], k.shape[1], 2, -1)
     _check(q, pages)
     q = _prepare(q, weights.query_norm, rotary, epsilon)
     k = _prepare(k, weights.key_norm, rotary, epsilon)
-    pages = _store(jnp.stack([k, v], axis=1), pages, layer, batch)
+    pages = _store(jnp.stack([k, v], axis=2), pages, layer, batch)
     out = _attend(q, pages, layer, batch, scale)
     if gate is not None:
         out = out * jax.nn.sigmoid(gate.astype(jnp.float32))
-    return clear_padding(out.reshape(out.shape[0], -1).astype(q.dtype), batch), pages
+    return clear_padding(out.reshape(out.shape[0], -1).astype(q.dtype), batch), pages.reshape(shape)
 
 
 def _check(q: Array, pages: Array) -> None:
     width, page = q.shape[2], pages.shape[2]
-    group = q.shape[1] // pages.shape[4]
+    group = q.shape[1] // pages.shape[3]
     if q.dtype != jnp.bfloat16 or pages.dtype != jnp.bfloat16:
         raise NotImplementedError(f"gqa on gpu: wanted bfloat16, got {q.dtype} and pages of {pages.dtype}: use 'xla'")
     if width not in WIDTHS:
@@ -74,7 +73,7 @@ def _prepare(x: Array, norm: Array | None, rotary: Rotary | None, epsilon: float
     return (normed if rotary is None else rotate_halves(normed, rotary)).astype(x.dtype)
 
 
-def _store(values: Float[Array, "T 2 G D"], pages: Array, layer: int, batch: RaggedBatch) -> Array:
+def _store(values: Float[Array, "T G 2 D"], pages: Array, layer: int, batch: RaggedBatch) -> Array:
     tokens = values.shape[0]
     held = jax.new_ref(pages.reshape(*pages.shape[:3], -1, RUN))
     places = token_places(batch, tokens, pages.shape[2])
@@ -99,19 +98,18 @@ def _attend(
 def _prefill(
     q: Float[Array, "T H D"], pages: Array, layer: int, batch: RaggedBatch, scale: float
 ) -> Float[Array, "T H D"]:
-    """The outputs of rows that prefill, zeros for all other tokens: `xla.py` on those rows alone."""
-
-    def attend(q: Array, position: Array, table: Array) -> Array:
-        return _attend_pages(q, position, read_pages(pages, layer, table), scale)
-
-    return attend_rows(q, dataclasses.replace(batch, content="prefill"), attend, attend)
+    """The outputs of rows that prefill, zeros for all other tokens."""
+    units = plan_units(batch, q.shape[0])
+    number = jnp.full((1,), layer, jnp.int32)
+    out = attend_chunks(take(q, units.token), batch.pages, units, pages, number, scale)
+    return take(out.reshape(-1, *q.shape[1:]), units.place).astype(jnp.float32)
 
 
 def _decode(
     q: Float[Array, "T H D"], pages: Array, layer: int, batch: RaggedBatch, scale: float
 ) -> Float[Array, "B H D"]:
     """The outputs of rows in decode; arbitrary for other rows."""
-    (tokens, heads, width), (page, key_heads) = q.shape, (pages.shape[2], pages.shape[4])
+    (tokens, heads, width), (page, key_heads) = q.shape, (pages.shape[2], pages.shape[3])
     group = heads // key_heads
     padded = -(-group // 8) * 8
     length = jnp.where(batch.in_decode, batch.seen + 1, 0)
@@ -126,4 +124,4 @@ def _decode(
 
 def fits(memory: KVSpec, dtype: str) -> bool:
     """Whether the kernels have the shapes and dtypes of a layer that remembers this and computes in `dtype`."""
-    return dtype == "bfloat16" and memory.arrays[0].shape[-1] in WIDTHS
+    return dtype == "bfloat16" and memory.arrays[0].shape[1] in [2 * width for width in WIDTHS]

@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.gqa.gpu_splits import BLOCK, MULTIPROCESSORS, Items
-from kernels_pallas.mosaic_gpu import interpreter
+from kernels_pallas.mosaic_gpu import interpreter, made_once
 
 ROWS = 64  # rows of a product of a warpgroup
 TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
@@ -66,7 +66,7 @@ def attend_items(
     table: Int[Array, "B M"],
     length: Int[Array, "B"],
     items: Items,
-    pages: Float[Array, "L P S 2 G D"],
+    pages: Float[Array, "L P S G 2 D"],
     layer: Int[Array, "1"],
     scale: float,
     plan: Plan,
@@ -79,33 +79,38 @@ def attend_items(
     count, width = items.row.shape[0], max(plan.width, 128)
     programs = min(MULTIPROCESSORS, count * plan.heads)
     bf16_queries, f32 = tiled((plan.query_slots, ROWS, plan.width)), jnp.float32
-    kernel = plgpu.kernel(
-        _body(plan, scale),
-        out_type=[
-            jax.ShapeDtypeStruct((count, plan.heads, plan.group, width), f32),
-            jax.ShapeDtypeStruct((count, plan.heads, ROWS), f32),
-            jax.ShapeDtypeStruct((count, plan.heads, ROWS), f32),
-        ],
-        scratch_types=[
-            bf16_queries,
-            tiled((plan.ring, BLOCK, plan.width)),
-            tiled((ROWS, BLOCK)),
-            plgpu.SMEM((ROWS, 64), f32),
-            plgpu.Barrier(num_barriers=plan.query_slots),
-            plgpu.Barrier(num_barriers=plan.query_slots),
-            plgpu.Barrier(num_barriers=plan.ring, num_arrivals=plan.copies),
-            plgpu.Barrier(num_barriers=plan.ring),
-            plgpu.Barrier(num_arrivals=2),
-        ],
-        grid=(programs,),
-        grid_names=("program",),
-        num_threads=2,
-        thread_name="warpgroup",
-        compiler_params=PARAMS,
-        kernel_name="gqa_decode",
-        interpret=interpreter(),
+    arguments = (q, table, length, items.row, items.first, items.blocks, items.count, layer, pages)
+    kernel = made_once(
+        ("gqa_decode", plan, scale),
+        arguments,
+        lambda: plgpu.kernel(
+            _body(plan, scale),
+            out_type=[
+                jax.ShapeDtypeStruct((count, plan.heads, plan.group, width), f32),
+                jax.ShapeDtypeStruct((count, plan.heads, ROWS), f32),
+                jax.ShapeDtypeStruct((count, plan.heads, ROWS), f32),
+            ],
+            scratch_types=[
+                bf16_queries,
+                tiled((plan.ring, BLOCK, plan.width)),
+                tiled((ROWS, BLOCK)),
+                plgpu.SMEM((ROWS, 64), f32),
+                plgpu.Barrier(num_barriers=plan.query_slots),
+                plgpu.Barrier(num_barriers=plan.query_slots),
+                plgpu.Barrier(num_barriers=plan.ring, num_arrivals=plan.copies),
+                plgpu.Barrier(num_barriers=plan.ring),
+                plgpu.Barrier(num_arrivals=2),
+            ],
+            grid=(programs,),
+            grid_names=("program",),
+            num_threads=2,
+            thread_name="warpgroup",
+            compiler_params=PARAMS,
+            kernel_name="gqa_decode",
+            interpret=interpreter(),
+        ),
     )
-    return kernel(q, table, length, items.row, items.first, items.blocks, items.count, layer, pages)
+    return kernel(*arguments)
 
 
 def _body(plan: Plan, scale: float) -> Callable[..., None]:
@@ -141,7 +146,7 @@ def _body(plan: Plan, scale: float) -> Callable[..., None]:
                         size = BLOCK // plan.copies
                         token = block * BLOCK + part * size
                         page = table[row, jnp.minimum(lax.div(token, plan.page), last)]
-                        source = pages.at[layer, page, pl.ds(lax.rem(token, plan.page), size), kind, head]
+                        source = pages.at[layer, page, pl.ds(lax.rem(token, plan.page), size), head, kind]
                         target = ring_s.at[slot, pl.ds(part * size, size)]
                         plgpu.copy_gmem_to_smem(source, target, full.at[slot])
 

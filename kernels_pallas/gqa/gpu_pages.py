@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.mosaic_gpu import interpreter
+from kernels_pallas.mosaic_gpu import interpreter, made_once
 from kernels_pallas.op import RaggedBatch, token_positions, token_rows
 
 RUN = 64
@@ -60,14 +60,19 @@ def store_tokens(
         each(store)
         plgpu.wait_smem_to_gmem(0)
 
-    kernel = plgpu.kernel(
-        body,
-        out_type=(),
-        scratch_types=[plgpu.SMEM((held, runs, RUN), values.dtype), plgpu.Barrier(num_barriers=held)],
-        grid=(-(-tokens // held),),
-        grid_names=("program",),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        kernel_name="store_tokens",
-        interpret=interpreter(),
+    arguments = (values, page, place, layer, pages)
+    kernel = made_once(
+        ("store_tokens",),
+        arguments,
+        lambda: plgpu.kernel(
+            body,
+            out_type=(),
+            scratch_types=[plgpu.SMEM((held, runs, RUN), values.dtype), plgpu.Barrier(num_barriers=held)],
+            grid=(-(-tokens // held),),
+            grid_names=("program",),
+            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+            kernel_name="store_tokens",
+            interpret=interpreter(),
+        ),
     )
-    kernel(values, page, place, layer, pages)
+    kernel(*arguments)

@@ -1,7 +1,5 @@
 """Causal attention of rows that prefill over pages of keys and values on Hopper.
 
-No door calls this kernel until `hybrid-jax bench kernels` has found its outputs right on the device.
-
 A chunk is 64 new tokens of one row. Two warpgroups take the same chunk for two query heads of one key head, so that
 both read the same blocks of keys and values, which a third streams from the pages. While one multiplies, the other
 takes its exponentials (FlashAttention-3, arXiv 2407.08608). Programs are persistent: chunks with the longest contexts
@@ -21,12 +19,12 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.gqa.gpu_decode import FULL, PARAMS, ROW, clear_tail, product, tiled
 from kernels_pallas.gqa.gpu_splits import MULTIPROCESSORS
-from kernels_pallas.mosaic_gpu import interpreter
-from kernels_pallas.op import RaggedBatch, prefill_chunks
+from kernels_pallas.mosaic_gpu import interpreter, made_once
+from kernels_pallas.op import RaggedBatch
 
 CHUNK = 64
 STAGES = 2  # blocks of keys, and of values, in shared memory
@@ -48,16 +46,44 @@ class Units:
 
 
 def plan_units(batch: RaggedBatch, tokens: int, size: int = CHUNK) -> Units:
-    """Cut the rows that prefill into chunks of `size` tokens and order them."""
-    chunks = prefill_chunks(batch, tokens, size)
-    start = batch.seen[chunks.row] + chunks.end - chunks.length
-    context = jnp.where(chunks.length > 0, start + chunks.length, 0)
-    count = chunks.token.size
-    place = jnp.full((tokens,), count, jnp.int32)
-    place = place.at[chunks.token.reshape(-1)].set(jnp.arange(count, dtype=jnp.int32), mode="drop")
+    """Cut the rows that prefill into chunks of `size` tokens and order them.
+
+    By comparisons of all with all rows: on a GPU a search is a loop of launches.
+    """
+    most = batch.rows if batch.prefills is None else batch.prefills
+    count = (tokens + most * (size - 1)) // size  # each row adds less than one chunk
+    lengths = jnp.where(batch.in_decode, 0, batch.lengths)
+    ends = jnp.cumsum((lengths + size - 1) // size)
+    first = ends - (lengths + size - 1) // size
+    index = jnp.arange(count, dtype=jnp.int32)
+    row, used = _owner(index, ends)
+    inside = (index - first[row]) * size
+    length = jnp.where(used, jnp.clip(lengths[row] - inside, 0, size), 0)
+    offset = jnp.arange(size, dtype=jnp.int32)[None, :]
+    token = jnp.where(offset < length[:, None], (batch.query_start[row] + inside)[:, None] + offset, tokens)
+    start = batch.seen[row] + inside
+    context = jnp.where(length > 0, start + length, 0)
     order = jnp.argsort(-context).astype(jnp.int32)
-    used = jnp.sum(chunks.length > 0, dtype=jnp.int32)[None]
-    return Units(chunks.token, place, order, chunks.row, start, context, used, batch.seen + batch.lengths)
+    place = _places(batch, tokens, size, first, lengths, count * size)
+    total = jnp.sum(length > 0, dtype=jnp.int32)[None]
+    return Units(token, place, order, row, start, context, total, batch.seen + batch.lengths)
+
+
+def _owner(index: Int[Array, "n"], ends: Int[Array, "B"]) -> tuple[Int[Array, "n"], Bool[Array, "n"]]:
+    """The row whose range, which ends at `ends`, holds each index, and whether there is one (else row 0)."""
+    row = (index[:, None] >= ends[None, :]).sum(axis=1, dtype=jnp.int32)
+    used = row < ends.shape[0]
+    return jnp.where(used, row, 0), used
+
+
+def _places(
+    batch: RaggedBatch, tokens: int, size: int, first: Int[Array, "B"], lengths: Int[Array, "B"], none: int
+) -> Int[Array, "T"]:
+    """Chunk times size plus place in the chunk of each token; `none` for a token that does not prefill."""
+    token = jnp.arange(tokens, dtype=jnp.int32)
+    row, real = _owner(token, batch.query_start[1:])
+    inside = token - batch.query_start[row]
+    return jnp.where(real & (lengths[row] > 0), first[row] * size + inside, none)
 
 
 def block_tokens(width: int) -> int:
@@ -69,7 +95,7 @@ def attend_chunks(
     q: Float[Array, "n C H D"],
     table: Int[Array, "B M"],
     units: Units,
-    pages: Float[Array, "L P S 2 G D"],
+    pages: Float[Array, "L P S G 2 D"],
     layer: Int[Array, "1"],
     scale: float,
 ) -> Float[Array, "n C H D"]:
@@ -77,7 +103,7 @@ def attend_chunks(
 
     `pages` are bfloat16 and hold this step's tokens already.
     """
-    width, page, key_heads = q.shape[3], pages.shape[2], pages.shape[4]
+    width, page, key_heads = q.shape[3], pages.shape[2], pages.shape[3]
     block, interpreted = block_tokens(width), interpreter() is not None
     own_output = width <= 128
     copies = max(1, block // page)
@@ -96,20 +122,24 @@ def attend_chunks(
         plgpu.Barrier(num_arrivals=2),
         plgpu.Barrier(num_arrivals=3),
     ]
-    kernel = plgpu.kernel(
-        _body(q.shape[2], key_heads, width, page, scale),
-        out_type=jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),
-        scratch_types=scratch,
-        grid=(min(MULTIPROCESSORS, q.shape[0] * q.shape[2]),),
-        grid_names=("program",),
-        num_threads=3,
-        thread_name="warpgroup",
-        compiler_params=PARAMS,
-        kernel_name="gqa_prefill",
-        interpret=interpreter(),
+    arguments = (q, table, units.order, units.row, units.start, units.context, units.used, units.length, layer, pages)
+    kernel = made_once(
+        ("gqa_prefill", scale),
+        arguments,
+        lambda: plgpu.kernel(
+            _body(q.shape[2], key_heads, width, page, scale),
+            out_type=jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),
+            scratch_types=scratch,
+            grid=(min(MULTIPROCESSORS, q.shape[0] * q.shape[2]),),
+            grid_names=("program",),
+            num_threads=3,
+            thread_name="warpgroup",
+            compiler_params=PARAMS,
+            kernel_name="gqa_prefill",
+            interpret=interpreter(),
+        ),
     )
-    arrays = (units.order, units.row, units.start, units.context, units.used, units.length)
-    return kernel(q, table, *arrays, layer, pages)
+    return kernel(*arguments)
 
 
 def _body(heads: int, key_heads: int, width: int, page_size: int, scale: float) -> Callable[..., None]:
@@ -166,7 +196,7 @@ def _body(heads: int, key_heads: int, width: int, page_size: int, scale: float) 
 
                         for c in range(copies):
                             inside = pl.ds(lax.rem(tokens[c], page_size), size)
-                            source = pages.at[layer, found[c], inside, kind, key_head]
+                            source = pages.at[layer, found[c], inside, key_head, kind]
                             plgpu.copy_gmem_to_smem(source, tile.at[slot, pl.ds(c * size, size)], full.at[slot])
                         if kind == 0:
                             # Warpgroup 1 gives its queries up only after the other has begun on these keys.

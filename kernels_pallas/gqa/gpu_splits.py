@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.mosaic_gpu import interpreter
+from kernels_pallas.mosaic_gpu import interpreter, made_once
 
 BLOCK = 64  # cached tokens that one product takes
 MULTIPROCESSORS = 132
@@ -126,13 +126,18 @@ def sum_splits(
             acc, _, sum_ = lax.fori_loop(0, lax.div(splits + UNROLLED - 1, UNROLLED), step, first)
             result_ref.at[row, head, inside][...] = (acc / sum_).astype(jnp.bfloat16)
 
-    kernel = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((rows, heads, width), jnp.bfloat16),
-        grid=(width // columns, heads, rows),
-        grid_names=("part", "head", "row"),
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        kernel_name="sum_splits",
-        interpret=interpreter(),
+    arguments = (out, top, total, items.start, items.splits)
+    kernel = made_once(
+        ("sum_splits",),
+        arguments,
+        lambda: plgpu.kernel(
+            body,
+            out_type=jax.ShapeDtypeStruct((rows, heads, width), jnp.bfloat16),
+            grid=(width // columns, heads, rows),
+            grid_names=("part", "head", "row"),
+            compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+            kernel_name="sum_splits",
+            interpret=interpreter(),
+        ),
     )
-    return kernel(out, top, total, items.start, items.splits)
+    return kernel(*arguments)

@@ -5,7 +5,7 @@ length, the decay d has one factor per key channel):
 
     w = c_k beta (v - c_k S (d k));   o = c_q (S (d q) + (q . k) w);   S <- S diag(d) + w k^T
 
-A slab is one head: blocks share nothing. Rows that prefill take the path of `xla.py`.
+A slab is one head: blocks share nothing. Rows that prefill go by chunks (`gpu_prefill`).
 """
 
 from collections.abc import Callable, Mapping
@@ -18,8 +18,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from kernels_pallas.kda.decay import BoundedDecay, Decay, SoftplusDecay
+from kernels_pallas.kda.gpu_prefill import kda_prefill
 from kernels_pallas.kda.xla import KDAWeights
-from kernels_pallas.kda.xla import kda as kda_xla
 from kernels_pallas.linear_decode_gpu import (
     PART,
     WIDTH,
@@ -83,7 +83,9 @@ def kda(
 
     def prefill(pools: tuple[Array, ...], batch: RaggedBatch) -> tuple[Array, tuple[Array, ...]]:
         state, tail = pools
-        out, state, tail = kda_xla(mixed, f, b, gate, weights, state, tail, layer, batch, decay=decay, epsilon=epsilon)
+        out, state, tail = kda_prefill(
+            mixed, f, b, gate, weights, state, tail, layer, batch, decay=decay, epsilon=epsilon
+        )
         return out, (state, tail)
 
     def step(pools: tuple[Array, ...], batch: RaggedBatch) -> tuple[Array, tuple[Array, ...]]:
@@ -129,7 +131,7 @@ def _decode_row(settings: _Settings, block: Block, inputs: tuple[Ref, ...], tail
     fetch_state(block)
     head, token, tiles = block.slab, block.token, range(block.slabs.tiles)
     starts = tuple((3 * head + part) * WIDTH for part in range(3))
-    windows = tuple(read_window(block, mixed, convolution, tail, start, None) for start in starts)
+    windows = tuple(read_window(block, mixed, start, convolution, tail, start, None) for start in starts)
     keys = pl.ds(head * WIDTH, WIDTH)
     x = load_channels(f.at[token, keys]) + load_channels(decay_bias.at[keys])
     beta = jax.nn.sigmoid(b[token, head].astype(jnp.float32))

@@ -13,8 +13,6 @@ in each block of 2, 4, ... 64 tokens, those with j in the first half and i in th
 e^{G_i - G_r} e^{G_r - G_j}, r the last token of the first half, are at most one: exact for any gate. The exponents are
 sums of g over the tokens between, taken on the tensor cores as a matrix of ones and zeros times g, g in two bfloat16.
 
-No door calls this module: it must first pass the checks of `hybrid-jax bench kernels` on a device.
-
 Letters: T tokens, H heads, K key width, V value width, C chunk, n chunks, N slots, L layers of the pool.
 """
 
@@ -39,6 +37,7 @@ from kernels_pallas.chunks_gpu import (
     along_columns,
     along_rows,
     check_tokens,
+    clear_behind,
     compiler_params,
     iota,
     plan,
@@ -48,9 +47,12 @@ from kernels_pallas.chunks_gpu import (
     streamed,
     tiles,
 )
-from kernels_pallas.gdn.gpu_prefill import unit_lower_inverse
-from kernels_pallas.mosaic_gpu import interpreter
-from kernels_pallas.op import RaggedBatch, take
+from kernels_pallas.convolution_gpu import delta_inputs, store_tails
+from kernels_pallas.gdn.gpu_prefill import gated_rms, unit_lower_inverse
+from kernels_pallas.kda.decay import Decay
+from kernels_pallas.kda.xla import KDAWeights
+from kernels_pallas.mosaic_gpu import interpreter, made_once
+from kernels_pallas.op import RaggedBatch, read_states, take
 from kernels_pallas.scalar_decay_gpu import LOG2_E, LOWEST, gate
 
 BETA, DECAY = 0, 1  # rows of a chunk's gates: beta, then e^{G_C} of 64 channels each
@@ -79,6 +81,34 @@ def prefill(
     return scan(recurrence, v.shape, work, pool, layer, tiling(batch.rows), "kda_scan")
 
 
+def kda_prefill(
+    mixed: Float[Array, "T 2*H*K+H*V"],
+    f: Float[Array, "T H K"],
+    b: Float[Array, "T H"],
+    gate: Float[Array, "T H V"],
+    weights: KDAWeights,
+    state: Float[Array, "L N H V K"],
+    tail: Float[Array, "L N W-1 2*H*K+H*V"],
+    layer: int,
+    batch: RaggedBatch,
+    *,
+    decay: Decay,
+    epsilon: float,
+) -> tuple[Float[Array, "T H*V"], Float[Array, "L N H V K"], Float[Array, "L N W-1 2*H*K+H*V"]]:
+    """One layer between its projections for the rows that prefill, as `xla.kda`; none may be in decode.
+
+    The gates and the output norm are left to XLA; queries, keys and values are rounded to bfloat16.
+    """
+    tokens, heads = mixed.shape[0], state.shape[2]
+    by_head, tails = mixed.reshape(tokens, heads, -1), read_states(tail, layer, batch)
+    q, k, v = delta_inputs(by_head, weights.convolution, tails, plan(batch, tokens))
+    tail = store_tails(by_head, tails, tail, layer, batch)
+    g = decay(f.astype(F32) + weights.decay_bias[None], jnp.exp(weights.decay_log)[None, :, None])
+    out, state = prefill((q, k, v, g, jax.nn.sigmoid(b.astype(F32))), state, layer, batch)
+    out = gated_rms(out, weights.output_norm, jax.nn.sigmoid(gate.astype(F32)), epsilon)
+    return clear_behind(out.reshape(tokens, -1).astype(mixed.dtype), batch), state, tail
+
+
 def tiling(rows: int) -> Tiling:
     """All tiles of a chunk for 128 value channels leave no room for a second chunk, those for 64 do."""
     return Tiling(parts=1, stages=2)
@@ -97,7 +127,7 @@ def channel_decay(v: Array, made: tuple[Array, ...], beta: Float[Array, "n H C"]
         "p": Stream("tiles", p),
         "gates": Stream("table", gates),
     }
-    return Recurrence(streams, _writes, _decay, lambda refs, stage: refs["p"].at[0], None)
+    return Recurrence(streams, _writes, _decay, _scores, None)
 
 
 def _writes(refs: Refs, part: Array, state: list[Array], valid: Array, stage: Any) -> tuple[Array, list[Array]]:
@@ -108,6 +138,10 @@ def _writes(refs: Refs, part: Array, state: list[Array], valid: Array, stage: An
     writes = product([(wanted.astype(BF16), refs["t"].at[0].T)], stage, wanted)
     high = writes.astype(BF16)
     return writes, [high, (writes - high.astype(F32)).astype(BF16)]  # the keys are rounded already: not both
+
+
+def _scores(refs: Refs, stage: Any) -> Any:
+    return refs["p"].at[0]
 
 
 def _decay(refs: Refs, keys: int) -> Float[Array, "V K"]:
@@ -155,19 +189,24 @@ def factors(
             s["square"].at[1][...] = p.astype(BF16)
             _store(s, [out.at[n, head] for out in outs])
 
-    kernel = plgpu.kernel(
-        body,
-        out_type=[jax.ShapeDtypeStruct((chunks, heads, 2, *TILE), BF16)] * 3
-        + [jax.ShapeDtypeStruct((chunks, heads, 1, *TILE), BF16)] * 2
-        + [jax.ShapeDtypeStruct((chunks, heads, 2, C), F32)],
-        scratch_types=[_scratch()],
-        grid=(chunks, heads),
-        grid_names=("n", "h"),
-        compiler_params=compiler_params(),
-        kernel_name="kda_factors",
-        interpret=interpreter(),
+    arguments = (q, k, decay, beta, work.chunks)
+    kernel = made_once(
+        ("kda_factors",),
+        arguments,
+        lambda: plgpu.kernel(
+            body,
+            out_type=[jax.ShapeDtypeStruct((chunks, heads, 2, *TILE), BF16)] * 3
+            + [jax.ShapeDtypeStruct((chunks, heads, 1, *TILE), BF16)] * 2
+            + [jax.ShapeDtypeStruct((chunks, heads, 2, C), F32)],
+            scratch_types=[_scratch()],
+            grid=(chunks, heads),
+            grid_names=("n", "h"),
+            compiler_params=compiler_params(),
+            kernel_name="kda_factors",
+            interpret=interpreter(),
+        ),
     )
-    return kernel(q, k, decay, beta, work.chunks)
+    return kernel(*arguments)
 
 
 def _scratch() -> dict[str, Any]:
@@ -177,6 +216,7 @@ def _scratch() -> dict[str, Any]:
         "high": tiles(2),
         "low": tiles(2),
         "spare": plgpu.RefUnion(plgpu.SMEM((C, 2 * C), F32), [tiles(2), tiles(2)]),  # the decay, then keys and squares
+        "ones": tiles(),
         "stage": stage_tile(),
         "decay_arrived": plgpu.Barrier(),
         "arrived": plgpu.Barrier(num_arrivals=4),
@@ -207,9 +247,14 @@ def _clear(s: Refs, length: Array) -> None:
 
 
 def _decay_over(s: Refs, h: int, spans: Array) -> Float[Array, "C K"]:
-    """e^g summed over the tokens of each row of `spans` `[C, C]`, of 64 channels."""
-    ones = jnp.where(spans, 1.0, 0.0).astype(BF16)
-    return jnp.exp2(product([(ones, s["high"].at[h]), (ones, s["low"].at[h])], s["stage"]))
+    """e^g summed over the tokens of each row of `spans` `[C, C]`, of 64 channels.
+
+    The ones go through shared memory: from registers, with the next ones made in the meantime, sums come out wrong.
+    """
+    plgpu.commit_smem()  # all have read the ones before
+    s["ones"][...] = jnp.where(spans, 1.0, 0.0).astype(BF16)
+    plgpu.commit_smem()
+    return jnp.exp2(product([(s["ones"], s["high"].at[h]), (s["ones"], s["low"].at[h])], s["stage"]))
 
 
 def _pairs(s: Refs) -> tuple[Float[Array, "C C"], Float[Array, "C C"]]:

@@ -1,7 +1,7 @@
 """Lightning attention on Hopper: rows in decode by one kernel, from the projections to the output before its norm.
 
 The recurrence of `xla.py`; a slab is one head. The output norm runs over groups of heads that no block sees whole: it
-and the gate follow in plain jnp. Rows that prefill take the path of `xla.py`.
+and the gate follow in plain jnp. Rows that prefill go by chunks (`gpu_prefill`).
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from kernels_pallas.lightning.gpu_prefill import lightning_prefill
 from kernels_pallas.lightning.xla import LightningWeights
-from kernels_pallas.lightning.xla import lightning as lightning_xla
 from kernels_pallas.linear_decode_gpu import (
     CHANNEL_LAYOUT,
     WIDTH,
@@ -84,7 +84,7 @@ def lightning(
     settings = _Settings(heads, scale, epsilon, silu, len(norms) == 2, half)
 
     def prefill(pools: tuple[Array, ...], batch: RaggedBatch) -> tuple[Array, tuple[Array, ...]]:
-        out, pool = lightning_xla(
+        out, pool = lightning_prefill(
             qkv, gate, weights, rotary, pools[0], layer, batch, scale=scale, groups=groups, epsilon=epsilon, silu=silu
         )
         return out, (pool,)

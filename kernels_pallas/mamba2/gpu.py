@@ -2,7 +2,7 @@
 
 The recurrence of `xla.py`. A family of blocks is a group of heads, which share B and C; a slab is one head or several.
 The output norm runs over a group of heads that no block sees whole: it and the gate follow in plain jnp.
-Rows that prefill take the path of `xla.py`.
+Rows that prefill go by chunks (`gpu_prefill`) where heads are 64 or 128 wide, else the way of `xla.py`.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels_pallas.chunks_gpu import fits_tiles
 from kernels_pallas.linear_decode_gpu import (
     MEMBERS,
     TILE,
@@ -37,6 +38,7 @@ from kernels_pallas.linear_decode_gpu import (
     update,
     warpgroups,
 )
+from kernels_pallas.mamba2.gpu_prefill import mamba2_prefill
 from kernels_pallas.mamba2.xla import UNLIMITED, Mamba2Weights, gated_then_normed, normed_then_gated
 from kernels_pallas.mamba2.xla import mamba2 as mamba2_xla
 from kernels_pallas.op import RaggedBatch, StateSpec, clear_padding
@@ -84,7 +86,8 @@ def mamba2(
 
     def prefill(pools: tuple[Array, ...], batch: RaggedBatch) -> tuple[Array, tuple[Array, ...]]:
         state, tail = pools
-        out, state, tail = mamba2_xla(
+        compute = mamba2_prefill if fits_tiles(groups, state.shape[2:]) else mamba2_xla
+        out, state, tail = compute(
             z, mixed, step_size, weights, state, tail, layer, batch,
             groups=groups, epsilon=epsilon, norm_first=norm_first, step_limit=step_limit,
         )  # fmt: skip
@@ -133,7 +136,7 @@ def _decode_row(settings: _Settings, block: Block, inputs: tuple[Ref, ...], tail
         (first + values + WIDTH, block.slabs.members - 1),
     ]
     places += [(first + block.member * rows + start, None) for start in range(0, rows, WIDTH)]
-    windows = tuple(read_window(block, mixed, convolution, tail, *place) for place in places)
+    windows = tuple(read_window(block, mixed, start, convolution, tail, start, owner) for start, owner in places)
     biases = [load_channels(bias.at[window.channels]) for window in windows]
     heads = [block.channels(index).start // settings.width for index in tiles]
     sizes = [softplus(step_size[token, head].astype(jnp.float32) + step_bias[head]) for head in heads]

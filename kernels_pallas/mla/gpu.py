@@ -2,25 +2,23 @@
 
     store_tokens      this step's compressed rows to their pages, in place
     attend_items      rows in decode, absorbed, cut along their cached rows; sum_splits joins the parts
+    prefill           rows that prefill, absorbed, 64 queries at a time
 
-Rows that prefill go the way of `xla.py`: expanded, 256 queries at a time. Norm, rotary and the products with the
-expansion are left to XLA. Each path touches its own rows only.
+Norm, rotary and the products with the expansion are left to XLA. Each path touches its own rows only.
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.attention import attend_rows
 from kernels_pallas.gqa.gpu import PAGES
 from kernels_pallas.gqa.gpu_pages import RUN, store_tokens, token_places
 from kernels_pallas.gqa.gpu_splits import BLOCK, split_rows, sum_splits
 from kernels_pallas.mla.gpu_decode import COLUMNS, attend_items
-from kernels_pallas.mla.xla import EXACT, MLAWeights, _expanded, _rotate
+from kernels_pallas.mla.gpu_prefill import prefill
+from kernels_pallas.mla.xla import EXACT, MLAWeights, _rotate
 from kernels_pallas.norm import rms
-from kernels_pallas.op import KVSpec, RaggedBatch, clear_padding, decode_tokens, read_pages, take, token_rows
+from kernels_pallas.op import KVSpec, RaggedBatch, clear_padding, decode_tokens, take, token_rows
 from kernels_pallas.rotary import Rotary
 
 TILE = 64  # heads of one product
@@ -93,12 +91,13 @@ def _attend(
 def _prefill(
     qn: Array, qr: Array, weights: MLAWeights, pages: Array, layer: int, batch: RaggedBatch, scale: float
 ) -> Float[Array, "T H V"]:
-    """The outputs of rows that prefill, zeros for all other tokens: `xla.py` on those rows alone."""
-
-    def attend(q: tuple[Array, Array], position: Array, table: Array) -> Array:
-        return _expanded(*q, position, read_pages(pages, layer, table), weights, scale)
-
-    return attend_rows((qn, qr), dataclasses.replace(batch, content="prefill"), attend, attend)
+    """The outputs of rows that prefill, zeros for all other tokens."""
+    to_keys, to_values = jnp.split(weights.expansion, [qn.shape[2]], axis=2)
+    absorbed = jnp.einsum("thn,zhn->thz", qn, to_keys, precision=EXACT)
+    queries = jnp.concatenate([absorbed, qr], axis=-1)
+    number = jnp.full((1,), layer, jnp.int32)
+    read = prefill(queries, pages, number, batch, scale, weights.latent_norm.shape[0])
+    return jnp.einsum("thz,zhv->thv", read, to_values, precision=EXACT, preferred_element_type=jnp.float32)
 
 
 def _decode(

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.gqa.gpu_decode import FULL, PARAMS, ROW, ROWS, accumulate, clear_tail, product, tiled
 from kernels_pallas.gqa.gpu_splits import BLOCK, MULTIPROCESSORS, Items
-from kernels_pallas.mosaic_gpu import interpreter
+from kernels_pallas.mosaic_gpu import interpreter, made_once
 
 LOAD, SCORE = 2, 3  # warpgroups; 0 and 1 add up values
 COLUMNS = 128  # of one product's output
@@ -45,35 +45,40 @@ def attend_items(
     """
     _, parts, group, width = q.shape
     count, page, f32 = items.row.shape[0], pages.shape[2], jnp.float32
-    kernel = plgpu.kernel(
-        _body(parts, group, width, latent, page, scale),
-        out_type=[
-            jax.ShapeDtypeStruct((count, parts, group, latent), f32),
-            jax.ShapeDtypeStruct((count, parts, ROWS), f32),
-            jax.ShapeDtypeStruct((count, parts, ROWS), f32),
-        ],
-        scratch_types=[
-            plgpu.RefUnion(tiled((ROWS, width)), plgpu.SMEM((2, ROWS, COLUMNS), f32)),
-            tiled((RING, BLOCK, width)),
-            tiled((ROWS, BLOCK)),
-            plgpu.SMEM((ROWS,), f32),
-            plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_barriers=RING, num_arrivals=max(1, BLOCK // page)),
-            plgpu.Barrier(num_barriers=RING, num_arrivals=2),
-            plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=4),
-        ],
-        grid=(min(MULTIPROCESSORS, count * parts),),
-        grid_names=("program",),
-        num_threads=4,
-        thread_name="warpgroup",
-        compiler_params=PARAMS,
-        kernel_name="mla_decode",
-        interpret=interpreter(),
+    arguments = (q, table, length, items.row, items.first, items.blocks, items.count, layer, pages)
+    kernel = made_once(
+        ("mla_decode", latent, scale),
+        arguments,
+        lambda: plgpu.kernel(
+            _body(parts, group, width, latent, page, scale),
+            out_type=[
+                jax.ShapeDtypeStruct((count, parts, group, latent), f32),
+                jax.ShapeDtypeStruct((count, parts, ROWS), f32),
+                jax.ShapeDtypeStruct((count, parts, ROWS), f32),
+            ],
+            scratch_types=[
+                plgpu.RefUnion(tiled((ROWS, width)), plgpu.SMEM((2, ROWS, COLUMNS), f32)),
+                tiled((RING, BLOCK, width)),
+                tiled((ROWS, BLOCK)),
+                plgpu.SMEM((ROWS,), f32),
+                plgpu.Barrier(),
+                plgpu.Barrier(num_arrivals=2),
+                plgpu.Barrier(num_barriers=RING, num_arrivals=max(1, BLOCK // page)),
+                plgpu.Barrier(num_barriers=RING, num_arrivals=2),
+                plgpu.Barrier(),
+                plgpu.Barrier(num_arrivals=2),
+                plgpu.Barrier(num_arrivals=4),
+            ],
+            grid=(min(MULTIPROCESSORS, count * parts),),
+            grid_names=("program",),
+            num_threads=4,
+            thread_name="warpgroup",
+            compiler_params=PARAMS,
+            kernel_name="mla_decode",
+            interpret=interpreter(),
+        ),
     )
-    return kernel(q, table, length, items.row, items.first, items.blocks, items.count, layer, pages)
+    return kernel(*arguments)
 
 
 def _body(parts: int, group: int, width: int, latent: int, page_size: int, scale: float) -> Callable[..., None]:

@@ -1,7 +1,5 @@
 """Absorbed latent attention of rows that prefill on Hopper: 64 queries of one or several tokens against 64 cached rows.
 
-No door calls this kernel until `hybrid-jax bench kernels` has found its outputs right on the device.
-
 A cached row is key and value in one: its first Z numbers are the value. One warpgroup streams blocks of 64 rows from
 the pages, one computes the shares of a block while two others still add up the values of the block before, half of the
 output's columns each. Programs are persistent; tiles with the longest contexts come first.
@@ -25,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.gqa.gpu_decode import FULL, PARAMS, ROW, ROWS, accumulate, clear_tail, product, tiled
 from kernels_pallas.gqa.gpu_prefill import plan_units
 from kernels_pallas.gqa.gpu_splits import BLOCK, MULTIPROCESSORS, Items
-from kernels_pallas.mosaic_gpu import interpreter
+from kernels_pallas.mosaic_gpu import interpreter, made_once
 from kernels_pallas.op import RaggedBatch, take
 
 TILE = 64  # queries of a tile at most
@@ -91,36 +89,52 @@ def attend_tiles(
     """
     _, parts, group, width = q.shape
     count, page, f32 = items.row.shape[0], pages.shape[2], jnp.float32
-    kernel = plgpu.kernel(
-        _body(parts, group, width, latent, heads, page, scale),
-        out_type=[
-            jax.ShapeDtypeStruct((count, parts, group, latent), f32),
-            jax.ShapeDtypeStruct((count, parts, ROWS), f32),
-            jax.ShapeDtypeStruct((count, parts, ROWS), f32),
-        ],
-        scratch_types=[
-            plgpu.RefUnion(tiled((ROWS, width)), plgpu.SMEM((2, ROWS, COLUMNS), f32)),
-            tiled((RING, BLOCK, width)),
-            tiled((ROWS, BLOCK)),
-            plgpu.SMEM((ROWS,), f32),
-            plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_barriers=RING, num_arrivals=max(1, BLOCK // page)),
-            plgpu.Barrier(num_barriers=RING, num_arrivals=2),
-            plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=4),
-        ],
-        grid=(min(MULTIPROCESSORS, count * parts),),
-        grid_names=("program",),
-        num_threads=4,
-        thread_name="warpgroup",
-        compiler_params=PARAMS,
-        kernel_name="mla_prefill",
-        interpret=interpreter(),
+    arguments = (
+        q,
+        table,
+        tiles.row,
+        tiles.start,
+        tiles.length,
+        items.row,
+        items.first,
+        items.blocks,
+        items.count,
+        layer,
+        pages,
     )
-    work = (items.row, items.first, items.blocks, items.count)
-    return kernel(q, table, tiles.row, tiles.start, tiles.length, *work, layer, pages)
+    kernel = made_once(
+        ("mla_prefill", latent, heads, scale),
+        arguments,
+        lambda: plgpu.kernel(
+            _body(parts, group, width, latent, heads, page, scale),
+            out_type=[
+                jax.ShapeDtypeStruct((count, parts, group, latent), f32),
+                jax.ShapeDtypeStruct((count, parts, ROWS), f32),
+                jax.ShapeDtypeStruct((count, parts, ROWS), f32),
+            ],
+            scratch_types=[
+                plgpu.RefUnion(tiled((ROWS, width)), plgpu.SMEM((2, ROWS, COLUMNS), f32)),
+                tiled((RING, BLOCK, width)),
+                tiled((ROWS, BLOCK)),
+                plgpu.SMEM((ROWS,), f32),
+                plgpu.Barrier(),
+                plgpu.Barrier(num_arrivals=2),
+                plgpu.Barrier(num_barriers=RING, num_arrivals=max(1, BLOCK // page)),
+                plgpu.Barrier(num_barriers=RING, num_arrivals=2),
+                plgpu.Barrier(),
+                plgpu.Barrier(num_arrivals=2),
+                plgpu.Barrier(num_arrivals=4),
+            ],
+            grid=(min(MULTIPROCESSORS, count * parts),),
+            grid_names=("program",),
+            num_threads=4,
+            thread_name="warpgroup",
+            compiler_params=PARAMS,
+            kernel_name="mla_prefill",
+            interpret=interpreter(),
+        ),
+    )
+    return kernel(*arguments)
 
 
 def _body(

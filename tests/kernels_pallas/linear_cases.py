@@ -143,11 +143,18 @@ def gdn_inputs(rng, tokens):
     return inputs
 
 
+def packed_by_head(mixed, z, b, a, key_heads):
+    """The inputs of the gated delta rule, one by one, as its op takes them."""
+    tokens = mixed.shape[0]
+    projected = jnp.concatenate([x.reshape(tokens, key_heads, -1) for x in (mixed, z)], axis=2)
+    return projected, jnp.stack([x.reshape(tokens, key_heads, -1) for x in (b, a)], axis=2)
+
+
 @partial(jax.jit, static_argnames=("layer", "beta_scale"))
 def run_gdn(inputs, pools, batch, layer, beta_scale=1.0):
     out, state, tail = GDN.on("xla")(
-        inputs["mixed"], inputs["z"], inputs["b"], inputs["a"], GDN_WEIGHTS, *pools, layer, batch,
-        key_heads=KEY_HEADS, epsilon=EPSILON, beta_scale=beta_scale,
+        *packed_by_head(*(inputs[name] for name in ("mixed", "z", "b", "a")), KEY_HEADS),
+        GDN_WEIGHTS, *pools, layer, batch, epsilon=EPSILON, beta_scale=beta_scale,
     )  # fmt: skip
     return out, (state, tail)
 

@@ -19,9 +19,9 @@ from kernels_pallas.gqa.gpu_prefill import plan_units
 from kernels_pallas.mla import MLA, MLAWeights
 from kernels_pallas.mla import gpu_decode as mla_decode
 from kernels_pallas.mla import gpu_prefill as mla_prefill
-from kernels_pallas.mosaic_gpu import interpreted
 from kernels_pallas.op import RaggedBatch, take, token_positions
 from kernels_pallas.rotary import frequencies, rotary_tables
+from tests.gpu_kernels import kernels_run
 from tests.ragged import PAGE, PAGES, checked, make_batch, page_table
 
 LAYERS, LAYER, EPSILON, SCALE = 2, 1, 1e-6, 0.1
@@ -40,7 +40,7 @@ class Grouped:
 
     def __init__(self, heads, key_heads, width, page=PAGE):
         self.heads, self.key_heads, self.width, self.page = heads, key_heads, width, page
-        self.pool = (2, key_heads, width)
+        self.pool = (key_heads * 2 * width,)
         self.weights = GQAWeights(*(_rng.normal(1, 0.2, width).astype(np.float32) for _ in range(2)))
         self.inverse = frequencies(width // 2, 100.0)
 
@@ -95,7 +95,7 @@ _programs = {}
 def step(kind, backend, inputs, pages, batch):
     """One call of the op; the gpu backend is interpreted."""
     program = _programs.setdefault((kind, backend), jax.jit(partial(kind.run, backend)))
-    with interpreted():
+    with kernels_run():
         return program(inputs, pages, batch)
 
 
@@ -201,7 +201,7 @@ def test_groups_widths_and_pages(kind):
     check(kind, inputs, pages, make_batch(lengths, seen, pages=table, decodes=2))
 
 
-# ---------------------------------------------------------------------------------- kernels of prefill that no op calls
+# --------------------------------------------------------------------------------------------- kernels of prefill alone
 
 
 def prefill_gqa(q, pages, batch):
@@ -236,7 +236,7 @@ def check_prefill(run, heads, width, pool, keys_and_values):
         pages[LAYER, table[row]] = held.reshape(-1, PAGE, *pool)
     pages, q = jnp.asarray(pages, jnp.bfloat16), draw(rng, 210, heads, width)
     batch = checked(make_batch(lengths, seen, pages=table, decodes=1), 210)
-    with interpreted():
+    with kernels_run():
         out = np.asarray(jax.jit(run)(q, pages, batch), np.float32)
     for row in (1, 3):
         tokens = slice(batch.query_start[row], batch.query_start[row + 1])
@@ -249,7 +249,7 @@ def check_prefill(run, heads, width, pool, keys_and_values):
 @pytest.mark.parametrize(("heads", "key_heads", "width"), [(3, 1, 64), pytest.param(4, 2, 256, marks=pytest.mark.slow)])
 def test_prefill_of_gqa(heads, key_heads, width):
     own = np.arange(heads) // (heads // key_heads)
-    check_prefill(prefill_gqa, heads, width, (2, key_heads, width), lambda held: (held[:, 0, own], held[:, 1, own]))
+    check_prefill(prefill_gqa, heads, width, (key_heads, 2, width), lambda held: (held[:, own, 0], held[:, own, 1]))
 
 
 @pytest.mark.slow
@@ -322,7 +322,7 @@ def lowered(shape, tokens, content):
     if name == "gqa":
         key_heads, width = rest
         inputs = (bf16(tokens, heads, width), *[bf16(tokens, key_heads, width)] * 2)
-        pool = bf16(4, 257, 64, 2, key_heads, width)
+        pool = bf16(4, 257, 64, key_heads * 2 * width)
 
         def run(pages, batch, q, k, v):
             return GQA.on("gpu")(q, k, v, q, GQAWeights(), None, pages, 2, batch, scale=0.1, epsilon=EPSILON)
@@ -355,7 +355,7 @@ def test_a_batch_of_decodes_lowers(shape, rows):
 
 @pytest.mark.parametrize(("heads", "key_heads", "width"), [(32, 4, 128), (16, 4, 256)])
 def test_prefill_of_gqa_lowers(heads, key_heads, width):
-    shapes = bf16(2048, heads, width), bf16(4, 257, 64, 2, key_heads, width), shaped_batch(8, 128, "mixed")
+    shapes = bf16(2048, heads, width), bf16(4, 257, 64, key_heads, 2, width), shaped_batch(8, 128, "mixed")
     text = jax.jit(prefill_gqa).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert "gqa_prefill" in text
 

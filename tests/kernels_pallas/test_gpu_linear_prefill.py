@@ -12,16 +12,15 @@ import numpy as np
 import pytest
 
 from kernels_pallas.gdn import gpu_prefill as gdn
-from kernels_pallas.gdn.xla import GDNWeights, gdn_chunk, gdn_step
-from kernels_pallas.gdn.xla import gdn as gdn_xla
+from kernels_pallas.gdn.xla import gdn_chunk, gdn_step
 from kernels_pallas.kda import gpu_prefill as kda
 from kernels_pallas.kda.xla import kda_chunk, kda_step
 from kernels_pallas.lightning import gpu_prefill as lightning
 from kernels_pallas.lightning.xla import lightning_step
 from kernels_pallas.mamba2 import gpu_prefill as mamba2
 from kernels_pallas.mamba2.xla import mamba2_chunk, mamba2_step
-from kernels_pallas.mosaic_gpu import interpreted
 from kernels_pallas.recurrence import recur
+from tests.gpu_kernels import kernels_run
 from tests.ragged import checked, make_batch
 
 SLOTS, LAYERS, LAYER = 9, 2, 1
@@ -145,7 +144,7 @@ def random_pool(kind, heads, filled, seed=1):
 
 
 def run(kind, tokens, pool, batch):
-    with interpreted():
+    with kernels_run():
         out, pool = jax.jit(lambda *arguments: kind.prefill(*arguments[:2], LAYER, arguments[2]))(tokens, pool, batch)
     return np.asarray(out, np.float32), np.asarray(pool)
 
@@ -205,35 +204,6 @@ def test_a_row_knows_neither_neighbours_nor_slots():
     np.testing.assert_array_equal(moved_out[:20], out[71:91])
     np.testing.assert_array_equal(moved_after[LAYER, 3], after[LAYER, 2])
     np.testing.assert_array_equal(moved_after[LAYER, 6], pool[LAYER, 6])
-
-
-@pytest.mark.slow
-def test_a_layer_of_the_gated_delta_rule_equals_its_definition():
-    rng, channels = np.random.default_rng(2), 128 + 128 + 2 * 128
-    weights = GDNWeights(
-        *(jnp.asarray(rng.normal(0.5, 0.2, s), jnp.float32) for s in [(4, channels), (2,), (2,), (128,)])
-    )
-    shapes = [(TOKENS, channels), (TOKENS, 2, 128), (TOKENS, 2), (TOKENS, 2)]
-    inputs = bfloat16(*(rng.normal(size=shape) for shape in shapes))
-    pools = (
-        random_pool(KINDS[0], 2, filled=(6,)),
-        jnp.asarray(rng.normal(size=(LAYERS, SLOTS, 3, channels)), jnp.bfloat16),
-    )
-    batch = checked(make_batch([20], [3], read=[6], write=[2], content="prefill"), TOKENS)
-
-    def layer(function):
-        call = jax.jit(lambda batch: function(*inputs, weights, *pools, LAYER, batch, key_heads=1, epsilon=1e-6))
-        return call(batch)
-
-    with interpreted():
-        out, state, tail = layer(gdn.gdn_prefill)
-    wanted, wanted_state, wanted_tail = layer(gdn_xla)
-    assert relative_error(out[:20].astype(jnp.float32), wanted[:20].astype(jnp.float32)) < OUTPUT_TOLERANCE
-    assert (
-        relative_error(state[LAYER, 2], wanted_state[LAYER, 2]) < 2 * STATE_TOLERANCE
-    )  # of rounded queries, keys, values
-    assert not out[20:].any()
-    np.testing.assert_array_equal(tail, wanted_tail)
 
 
 # ----------------------------------------------------------------------------------------------------- shapes of models

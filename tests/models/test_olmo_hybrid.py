@@ -84,7 +84,7 @@ def test_three_convolutions_are_one_parameter():
     config = Config.from_hf(published())
     leaves = read_state(nnx.state(abstract(config)))
     check_table(weight_table(config), leaves)
-    (row,) = (row for row in weight_table(config).weights if row.path == "layers.0.mixer.core.convolution")
+    (row,) = (row for row in weight_table(config).weights if row.path == "layers.0.mixer.convolution")
     (source,) = row.sources
     assert [source.tensor_shape(leaves[row.path].shape, index) for index in range(3)] == [
         (48, 1, 4),
