@@ -128,7 +128,7 @@ def sum_splits(
 
     arguments = (out, top, total, items.start, items.splits)
     kernel = made_once(
-        ("sum_splits",),
+        ("sum_splits", heads),
         arguments,
         lambda: plgpu.kernel(
             body,

@@ -3,11 +3,13 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from hybrid_jax.bench import subject
 from hybrid_jax.buckets import Bucket
 from hybrid_jax.runner import Runner, RunnerSizes
+from kernels_pallas.gqa.gpu_splits import Items, sum_splits
 
 SIZES = RunnerSizes(9, 5, 64, rows=4, row_pages=2, step_tokens=128, loops=4, grid=64, canary=False)
 BUCKETS = {"decode": Bucket(4, 0, 2, likeliest=True), "mixed": Bucket(4, 128, 2)}
@@ -34,3 +36,12 @@ def test_a_deeper_model_has_no_more_kernels(config, period, sort, monkeypatch):
     more, same = launches_and_kernels(config, 2 * period + 1, BUCKETS[sort])
     assert more > launches > kernels > 0
     assert same == kernels
+
+
+@pytest.mark.parametrize("heads", [4, 6, 16])
+def test_heads_that_are_padded_to_the_same_shape_have_kernels_of_their_own(heads):
+    """Two key heads, whose queries lie in groups of 8 whatever their number."""
+    partial, rows = jax.ShapeDtypeStruct((5, 2, 8, 128), jnp.float32), jax.ShapeDtypeStruct((3,), jnp.int32)
+    sums, items = jax.ShapeDtypeStruct((5, 2, 64), jnp.float32), Items(*[rows] * 6)
+    out = jax.eval_shape(lambda *a: sum_splits(*a, heads), partial, sums, sums, items)
+    assert out.shape == (3, heads, 128)
