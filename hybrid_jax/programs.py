@@ -112,7 +112,7 @@ def _present_only(
     end = jnp.cumsum(jnp.where(present, batch.lengths, 0), dtype=jnp.int32)
     start = jnp.concatenate([jnp.zeros((1,), jnp.int32), end])
     index = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-    row = jnp.minimum(jnp.searchsorted(end, index, side="right"), batch.rows - 1)
+    row = jnp.minimum(jnp.searchsorted(end, index, side="right", method="compare_all"), batch.rows - 1)
     source = jnp.minimum(batch.query_start[row] + index - start[row], tokens.shape[0] - 1)
     packed = jnp.where(row < batch.decodes, newest[row], tokens[source])
     packed = jnp.where(index < end[-1], packed, 0)

@@ -215,7 +215,8 @@ def _int32(array: np.ndarray) -> Any:  # a host array where the device will have
 def token_rows(batch: RaggedBatch, tokens: int) -> tuple[Int[Array, "T"], Bool[Array, "T"]]:
     """The row of each token (0 for padding) and whether the token is real."""
     index = jnp.arange(tokens, dtype=jnp.int32)
-    row = jnp.searchsorted(batch.query_start[1:], index, side="right").astype(jnp.int32)
+    # Everything with everything: a search is a loop, of which each turn is several launches on a GPU.
+    row = jnp.searchsorted(batch.query_start[1:], index, side="right", method="compare_all").astype(jnp.int32)
     real = row < batch.rows
     return jnp.where(real, row, 0), real
 
@@ -254,7 +255,7 @@ def prefill_chunks(batch: RaggedBatch, tokens: int, size: int) -> Chunks:
     lengths = jnp.where(batch.in_decode, 0, batch.lengths)
     ends = jnp.cumsum((lengths + size - 1) // size)
     index = jnp.arange(count, dtype=jnp.int32)
-    row = jnp.searchsorted(ends, index, side="right").astype(jnp.int32)
+    row = jnp.searchsorted(ends, index, side="right", method="compare_all").astype(jnp.int32)
     used = row < batch.rows
     row = jnp.where(used, row, 0)
     start = (index - jnp.where(row > 0, ends[row - 1], 0)) * size

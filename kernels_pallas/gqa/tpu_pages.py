@@ -46,7 +46,7 @@ def plan_windows(batch: RaggedBatch, tokens: int, page: int) -> Windows:
     last = (batch.seen + lengths + WINDOW - 1) // WINDOW
     ends = jnp.cumsum(jnp.where(lengths > 0, last - batch.seen // WINDOW, 0))
     index = jnp.arange(count, dtype=jnp.int32)
-    row = jnp.searchsorted(ends, index, side="right").astype(jnp.int32)
+    row = jnp.searchsorted(ends, index, side="right", method="compare_all").astype(jnp.int32)
     used = row < batch.rows
     row = jnp.where(used, row, 0)
     position = (index - jnp.where(row > 0, ends[row - 1], 0) + batch.seen[row] // WINDOW) * WINDOW
