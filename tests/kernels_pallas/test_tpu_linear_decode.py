@@ -202,7 +202,7 @@ def test_the_matrix_unit_may_round_an_output_to_bfloat16():
 def test_what_the_kernel_cannot_do_is_refused(case, wrong):
     weights, inputs, pools = problem(case, 4, used=())
     if wrong == "dtype":
-        inputs = (inputs[0].astype(jnp.float32), *inputs[1:])
+        inputs = tuple(x.astype(jnp.float16) for x in inputs)
     else:
         pools = (pools[0][..., :64], *pools[1:])
     with pytest.raises(NotImplementedError, match="on a TPU wants.*use backend 'xla'"):
