@@ -40,7 +40,7 @@ class Mark(IntEnum):
     NOTHING = 8106
 
 
-LOADING_S = 2.0  # with --slow-load
+LOADING_S = 8.0  # with --slow-load: enough for a few requests on a busy machine
 MAX_MODEL_LEN = 256
 BUFFER_BYTES = 4096
 DEMO = Path(hybrid_jax.__file__).parent / "demo"

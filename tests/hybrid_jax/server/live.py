@@ -40,10 +40,15 @@ class Live:
         """The lines of requests for answers."""
         return [line for line in self.log_path.read_text().splitlines() if "route='POST /v1/" in line]
 
-    def reasons(self) -> list[str]:
-        """Why each of them ended."""
-        found = [re.search(r"reason=(\S+)", line) for line in self.log_lines()]
-        return [one[1] for one in found if one is not None]
+    def reasons(self, count: int = 0) -> list[str]:
+        """Why each of them ended, once `count` have: a line is written after the answer has gone."""
+        end_s = time.monotonic() + 10
+        while True:
+            found = [re.search(r"reason=(\S+)", line) for line in self.log_lines()]
+            reasons = [one[1] for one in found if one is not None]
+            if len(reasons) >= count or time.monotonic() > end_s:
+                return reasons
+            time.sleep(0.05)
 
     def wait_until_ready(self) -> None:
         """Until it takes requests. One that cannot is ended."""

@@ -89,7 +89,7 @@ def test_a_step_that_raises_answers_everybody_and_ends_the_process_with_1(oracle
     for answer in (whole, broken.result(10)):
         assert answer.status_code == 500 and answer.json()["error"]["code"] == "engine_dead"
     assert stream.status_code == 200 and '"engine_dead"' in stream.text and "[DONE]" not in stream.text
-    assert oracle.reasons() == ["engine_dead"] * 3
+    assert oracle.reasons(3) == ["engine_dead"] * 3
     log = oracle.log_path.read_text()
     assert re.search(r"the engine broke with these requests in flight: \['\w+-0', ", log) and "told to b" in log
 
@@ -107,7 +107,7 @@ def test_a_step_that_sticks_fails_health_then_ends_the_process_with_1(oracle):
     assert oracle.process.wait(15) == 1
     stream, whole = (one.result(10) for one in stuck)
     assert whole.status_code == 500 and '"engine_dead"' in stream.text and "[DONE]" not in stream.text
-    assert oracle.reasons() == ["engine_stuck"] * 2
+    assert oracle.reasons(2) == ["engine_stuck"] * 2
     log = oracle.log_path.read_text()
     assert "with these requests in flight: ['" in log and re.search(r"File .*faulty.py.* in submit", log)
 
@@ -124,7 +124,7 @@ def test_a_full_device_is_emptied_once_and_nothing_is_lost(oracle):
     whole, stream = (one.result(30) for one in running)
     assert whole.json()["usage"]["completion_tokens"] == 120 and stream.text.endswith("data: [DONE]\n\n")
     assert oracle.metric("vllm:num_preemptions_total") >= 2
-    assert oracle.reasons() == ["length"] * 4
+    assert oracle.reasons(4) == ["length"] * 4
     assert oracle.log_path.read_text().count("ran out of memory") == 2
     oracle.wait_until_idle()
 
@@ -196,7 +196,7 @@ def test_a_second_signal_ends_at_once_even_where_the_engine_is_stuck(oracle, num
     assert time.monotonic() - begin_s < 3
     for one in stuck:
         assert '"abort"' in one.result(5).text
-    assert oracle.reasons() == ["abort"] * 2
+    assert oracle.reasons(2) == ["abort"] * 2
 
 
 def test_the_port_is_open_while_the_model_is_loaded(tmp_path):
@@ -214,7 +214,7 @@ def test_the_port_is_open_while_the_model_is_loaded(tmp_path):
             assert refused.json()["error"]["code"] == "loading"
         server.wait_until_ready()
         assert server.post(COMPLETIONS, body(max_tokens=1)).status_code == 200
-        assert server.reasons() == ["loading", "loading", "length"]
+        assert server.reasons(3) == ["loading", "loading", "length"]
     finally:
         server.process.kill()
         server.process.wait()
