@@ -60,14 +60,16 @@ class Ladders:
         return (*decodes, *(Bucket(*size) for size in sizes))
 
 
-def make_ladders(rows: int, step_tokens: int, pages: int, one_width: bool, likeliest: bool = False) -> Ladders:
+def make_ladders(
+    rows: int, step_tokens: int, pages: int, one_width: bool, likeliest: bool = False, least_rows: int = 1
+) -> Ladders:
     """The ladders up to so many rows, tokens of a step that prefills, and pages of a row.
 
     one_width: kernels skip what is not in use, so that page tables and steps that prefill may have one width each.
-    likeliest: as in `Ladders`.
+    likeliest: as in `Ladders`. least_rows: of a decode loop, be there fewer or not.
     """
     return Ladders(
-        decode_rows=ladder(1, rows, 2),
+        decode_rows=ladder(least_rows, max(rows, least_rows), 2),
         step_rows=(rows,) if one_width else ladder(min(8, rows), rows, 8),
         tokens=ladder(CHUNK_TOKENS, step_tokens, 2),
         pages=(max(pages, 1),) if one_width else ladder(8, max(pages, 1), 4),

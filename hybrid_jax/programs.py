@@ -10,7 +10,6 @@ Letters: B rows of the step, T packed tokens, N loops, Y vocabulary.
 """
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -131,11 +130,9 @@ def decode_loop(
     loops: int,
     grid: int,
     page_size: int,
-    look_every: int = 1,
 ) -> tuple[DeviceMemory, Drawn]:
     """Draw up to `loops` tokens a row, each row until it ends or has drawn as many as planned for it.
 
-    Every `look_every` steps it looks whether any row still runs; the steps after the last row's end do nothing.
     A row with a snapshot slot stores its state there whenever it has seen a multiple of `grid` tokens.
     """
     model = nnx.merge(graph, state)
@@ -164,8 +161,7 @@ def decode_loop(
         return index + 1, DeviceMemory(cache, tables, stamps), replace(drawn, strange=drawn.strange | strange)
 
     start = (jnp.int32(0), memory, replace(drawn, reason=reason))
-    several = partial(jax.lax.fori_loop, 0, min(look_every, loops), lambda _, carry: one(carry))
-    _, memory, drawn = jax.lax.while_loop(unfinished, several, start)
+    _, memory, drawn = jax.lax.while_loop(unfinished, one, start)
     told = jnp.where(reason == RUNNING, drawn.reason, RUNNING)  # a row that had ended before has nothing to tell
     return memory, replace(drawn, reason=told)
 

@@ -29,15 +29,17 @@ from hybrid_jax.step import RowResult, RowStep, Step, StepResult
 from kernels_pallas.op import Content, RaggedBatch, check_batch, host_batch
 from models.decoder import Decoder
 
-# On a GPU, launches between two branches of a step are recorded once and played as a graph, our own kernels among them.
-# Branches inside the graphs cost more than programs without any (docs/performance.md).
+# On a GPU a whole decode loop is one graph, with its branches and our own kernels: nothing waits for the host, and
+# launches that do not need one another run side by side (docs/performance.md).
 COMPILER_OPTIONS = {
     "gpu": {
-        "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION",
+        "xla_gpu_enable_command_buffer": (
+            "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+        ),
+        "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
         "xla_gpu_graph_min_graph_size": 1,
     }
 }
-LOOK_EVERY = 4  # steps of a decode loop, where the host waits for each look at whether any row still runs
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,9 @@ class Runner:
         make = partial(_allocate, model, routing, sizes, self._vocabulary)
         self._allocate = partial(placement.allocate, make, model.specs)
         self._memory = self._allocate()
-        self.ladders = _ladders(routing, sizes)
+        self.ladders = _ladders(routing, sizes, _chooses_experts(self._state))
         self._mixed = placement.program(partial(mixed_step, graph, page_size=sizes.page_size), model, 3)
-        look_every = LOOK_EVERY if _waits_at_branches() else 1
-        loop = partial(
-            decode_loop, graph, loops=sizes.loops, grid=sizes.grid, page_size=sizes.page_size, look_every=look_every
-        )
+        loop = partial(decode_loop, graph, loops=sizes.loops, grid=sizes.grid, page_size=sizes.page_size)
         self._decode = placement.program(loop, model, 2)
         self._score = placement.program(partial(score, graph), model, 2)
         following = partial(score_following, graph, block=CHUNK_TOKENS)
@@ -322,14 +321,20 @@ def _allocate(model: Decoder, routing: Routing, sizes: RunnerSizes, vocabulary: 
     return DeviceMemory(cache, empty_tables(sizes.rows + 1, vocabulary), stamps)
 
 
-def _ladders(routing: Routing, sizes: RunnerSizes) -> Ladders:
+def _ladders(routing: Routing, sizes: RunnerSizes, chooses_experts: bool) -> Ladders:
+    """On a GPU, loops of the likeliest tokens have programs of their own, and loops without experts have two rows or
+    more: XLA takes three launches for the norm of one row and one for those of two. A row of padding would choose
+    experts, whose weights would be read for nothing.
+    """
     gathers = any(keeps_pages(route) and route.backend == "xla" for route in routing.routes)
-    return make_ladders(sizes.rows, sizes.step_tokens, sizes.row_pages, not gathers, _waits_at_branches())
+    gpu = jax.default_backend() == "gpu"
+    least_rows = 2 if gpu and not chooses_experts else 1
+    return make_ladders(sizes.rows, sizes.step_tokens, sizes.row_pages, not gathers, gpu, least_rows)
 
 
-def _waits_at_branches() -> bool:
-    """Whether the host reads the predicate of each branch and loop before the device goes on."""
-    return jax.default_backend() == "gpu"
+def _chooses_experts(state: nnx.State) -> bool:
+    leaves = [leaf for path, leaf in nnx.to_flat_state(state) if path[0] == "layers"]
+    return any("expert" in leaf.get_metadata("axes") for leaf in leaves)
 
 
 def _column(values: Sequence[int], count: int) -> np.ndarray:

@@ -60,6 +60,13 @@ def test_a_loop_whose_rows_all_take_the_likeliest_token_has_a_program_of_its_own
         assert not make_ladders(4, 256, 8, one_width=False).choose(Step(1, rows, 4)).likeliest
 
 
+@pytest.mark.parametrize(("rows", "sizes"), [(1, (2,)), (2, (2,)), (5, (2, 4, 5))])
+def test_decode_loops_may_have_a_least_number_of_rows(rows, sizes):
+    ladders = make_ladders(rows, 256, 8, one_width=True, least_rows=2)
+    assert ladders.decode_rows == sizes and ladders.step_rows == (rows,)
+    assert ladders.choose(Step(1, (row(0, 1),), 4)).rows == 2
+
+
 def test_few_prompts_beside_many_rows_in_decode_have_a_bucket_of_their_own():
     ladders = make_ladders(16, 256, 8, one_width=False)
     one, many = ([row(0, 1)] * 4 + [row(40, 1)] * count for count in (1, 3))

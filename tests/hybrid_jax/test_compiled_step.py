@@ -107,3 +107,11 @@ def test_the_tables_are_not_copied_in_a_step(compiled):
     assert re.search(tables, text)
     inside = text if sort == "mixed" else body_of_the_loop(text)
     assert not re.findall(rf"= {tables}\S* copy\(.*", inside)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("qwen3_5", 2), ("qwen3_5_moe", 1)])
+def test_on_a_gpu_a_loop_without_experts_has_two_rows_at_least(monkeypatch, name, rows):
+    model = Fixture(name).load()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    ladders = Runner(model, route_model(model), SIZES, [0], "highest").ladders
+    assert ladders.decode_rows[0] == rows and ladders.likeliest
