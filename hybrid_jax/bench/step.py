@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,8 @@ ENDLESS = 2**30  # tokens that a request may have: nothing ends while it is meas
 class StepTime:
     """One case. step_s: by the clock, from the start of the first dispatch to the end of the last, a step of a loop.
 
-    device_s: of it, with a kernel at work, by the profiler; None where the platform's profiler does not tell.
+    device_s: of it, with a kernel at work, by the profiler; None where the platform's profiler does not tell, as in a
+    decode loop on a GPU, which is one graph.
     compile_s: of the program, apart.
     """
 
@@ -123,7 +123,8 @@ def time_decode(subject: Subject, ceilings: Ceilings, rows: int, context: int, r
     runner = make_runner(subject, rows, context + loops, CHUNK_TOKENS + rows, loops)
     step = decode_step(rows, context, loops)
     compile_s = _compile(runner, step)
-    step_s, device_s = _time(runner, step, repeats.dispatches)
+    step_s = _time(runner, step, repeats.dispatches)
+    device_s = None if jax.default_backend() == "gpu" else _device_s(runner, step)  # not seen inside one graph
     mean_context = context + (loops - 1) / 2  # each step of the loop reads one token more
     moved = decode_moved(subject.model, subject.routing, subject.chosen, rows, mean_context)
     device_s = None if device_s is None else device_s / loops
@@ -137,7 +138,7 @@ def time_prefill(subject: Subject, ceilings: Ceilings, rows: int, tokens: int, d
     runner = make_runner(subject, rows, tokens, max(rows * tokens, CHUNK_TOKENS), 1)
     step = prefill_step(subject, rows, tokens)
     compile_s = _compile(runner, step)
-    step_s, device_s = _time(runner, step, dispatches)
+    step_s, device_s = _time(runner, step, dispatches), _device_s(runner, step)
     moved = prefill_moved(subject.model, subject.routing, subject.chosen, rows, tokens)
     floor_s = ceilings.floor_s(moved.total_bytes, operations=moved.operations)
     return StepTime("prefill", rows, tokens, step_s, device_s, compile_s, moved, floor_s)
@@ -232,13 +233,12 @@ def _compile(runner: Runner, step: Step) -> float:
     return time.perf_counter() - begin
 
 
-def _time(runner: Runner, step: Step, dispatches: int) -> tuple[float, float | None]:
-    """Seconds a dispatch: by the clock, and on the device where the profiler tells."""
-    run = partial(_run, runner, step)
-    run(2)
+def _time(runner: Runner, step: Step, dispatches: int) -> float:
+    """Seconds a dispatch, by the clock, after as many untimed ones: the first are slower by 2 to 3 % on a GPU."""
+    _run(runner, step, dispatches)
     begin = time.perf_counter()
-    run(dispatches)
-    return (time.perf_counter() - begin) / dispatches, _device_s(lambda: run(1))
+    _run(runner, step, dispatches)
+    return (time.perf_counter() - begin) / dispatches
 
 
 def _run(runner: Runner, step: Step, dispatches: int) -> None:
@@ -255,13 +255,13 @@ def _run(runner: Runner, step: Step, dispatches: int) -> None:
                 raise RuntimeError(f"wanted {wanted} tokens drawn by the rows, got {drawn}: are the logits finite?")
 
 
-def _device_s(call: Callable[[], None]) -> float | None:
-    """Seconds in which a kernel or copy was at work during a call; None where the profiler sees none."""
+def _device_s(runner: Runner, step: Step) -> float | None:
+    """Seconds in which a kernel or copy was at work during a dispatch; None where the profiler sees none."""
     if jax.default_backend() == "cpu":
         return None
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            call()
+            _run(runner, step, 1)
         events = device_events(Path(folder))
     return busy_s([(start, end) for start, end, _ in events]) if events else None
 
