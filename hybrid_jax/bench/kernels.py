@@ -7,7 +7,7 @@ import jax
 
 from hybrid_jax.bench.ceilings import Ceilings
 from hybrid_jax.bench.timing import time_case
-from kernels_pallas.cases import attention, experts, linear_decode, linear_prefill
+from kernels_pallas.cases import attention, experts, linear_decode, linear_prefill, products
 from kernels_pallas.cases.case import Case
 
 
@@ -53,7 +53,7 @@ def require_kernels() -> None:
 
 def wanted_cases(only: str) -> list[Case]:
     """The cases whose name and shape contain `only`. Raises ValueError where there are none."""
-    cases = [case for file in (linear_decode, linear_prefill, attention, experts) for case in file.cases()]
+    cases = [case for file in (linear_decode, linear_prefill, attention, experts, products) for case in file.cases()]
     found = [case for case in cases if only in f"{case.name}, {case.shape}"]
     if not found:
         names = ", ".join(dict.fromkeys(case.name for case in cases))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybrid_jax.bench import kernels, verbs
+from hybrid_jax.bench import verbs
 from hybrid_jax.bench.ceilings import Ceilings
 from hybrid_jax.bench.floors import decode_moved, prefill_moved, token_operations, weights_bytes
 from hybrid_jax.bench.latency import measure_latency, token_times
@@ -20,7 +20,6 @@ from hybrid_jax.buckets import Bucket
 from hybrid_jax.config import EngineConfig
 from hybrid_jax.plan import build
 from hybrid_jax.scheduler import Limits
-from kernels_pallas.cases.case import Case
 from tests.models.reference import FOLDER
 
 CONFIG = str(FOLDER / "qwen3_5" / "config.json")
@@ -317,47 +316,3 @@ def test_a_static_batch_goes_on_until_its_longest_answer_ends():
     for index, request in enumerate(asked):
         assert sum(step.rows[index].ahead for step in decodes) == request.token_limit - 1
         assert set(decodes[0].rows[index].pages).isdisjoint(decodes[0].rows[index - 1].pages)
-
-
-# ------------------------------------------------------------------------------------------------------------ kernels
-
-
-def test_kernels_need_a_gpu():
-    with pytest.raises(ValueError, match="wanted a GPU, got platform 'cpu'"):
-        verbs.kernels()
-
-
-def test_a_kernel_that_fails_does_not_hide_the_others(monkeypatch, capsys):
-    cases = [Case(name, "B=1", lambda: None, 1000, 500) for name in ("broken", "whole")]
-
-    def time_case(case):
-        if case.name == "broken":
-            raise AssertionError("wrong results")
-        return 4e-6, 5e-6
-
-    monkeypatch.setattr(kernels, "time_case", time_case)
-    monkeypatch.setattr(kernels, "wanted_cases", lambda only: cases)
-    monkeypatch.setattr(kernels, "require_kernels", lambda: None)
-    monkeypatch.setattr(verbs, "measure_ceilings", lambda: CEILINGS)
-    with pytest.raises(SystemExit) as ended:
-        verbs.kernels(json=True)
-    printed = capsys.readouterr()
-    assert ended.value.code == 1 and "broken, B=1: AssertionError: wrong results" in printed.err
-    assert [case["name"] for case in json.loads(printed.out)["cases"]] == ["whole"]
-
-
-def test_the_time_of_a_kernel_is_held_against_its_floor(monkeypatch):
-    monkeypatch.setattr(kernels, "time_case", lambda case: (4e-6, 5e-6))
-    found = kernels.time_kernel(Case("decode", "B=1", lambda: None, 1000, 500), CEILINGS)
-    assert found.floor_s == pytest.approx(1000 / 0.5e9 + 500 / 1e9) and found.moved_bytes == 1500
-    assert found.ratio == pytest.approx(found.floor_s / 5e-6) and "0.3 GB/s" not in found.line
-    assert set(found.to_json()) >= {"name", "shape", "device_s", "span_s", "floor_s", "ratio"}
-
-
-def test_cases_are_chosen_by_a_part_of_their_name():
-    every = kernels.wanted_cases("")
-    some = kernels.wanted_cases("decode")
-    assert 0 < len(some) <= len(every) and all("decode" in f"{case.name}, {case.shape}" for case in some)
-    assert all(case.read_bytes > 0 for case in every)
-    with pytest.raises(ValueError, match="wanted a part of the name of a case"):
-        kernels.wanted_cases("no such kernel")
