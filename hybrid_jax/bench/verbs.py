@@ -165,13 +165,13 @@ def latency(
 
 
 def kernels(only: str = "", json: bool = False) -> None:
-    """Time each kernel against the floor of its bytes and operations, and other libraries where they are installed.
+    """Time each kernel against the floor of its bytes and operations.
 
     A kernel that fails is one line of errors; the exit code is 1 then.
 
     Args:
         only: cases whose name or shape has this in it.
-        json: print one JSON object instead of lines; without other libraries.
+        json: print one JSON object instead of lines.
     """
     kernel_cases.require_kernels()
     wanted = kernel_cases.wanted_cases(only)
