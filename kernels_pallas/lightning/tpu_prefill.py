@@ -1,14 +1,15 @@
 """Lightning attention over the rows that prefill, on TPU: one kernel from the projections to the gated output.
 
 The recurrence of `xla.py` by chunks of 128 tokens. Queries, keys and values are read with the heads in front, as the
-product that makes them leaves them: the tokens of a head then lie together, and a chunk that starts at any token is
-loaded as it is. Of bfloat16, two tokens share a word; even and odd tokens of a chunk are loaded apart and *stay* apart
-(`token_of_row`): sums over tokens do not care, and the outputs are stored back in place.
+product that makes them leaves them: the tokens of a head then lie together. Of bfloat16, two tokens share a word:
+a chunk that starts at an odd row of its window is put together from halves of words.
+
+Heads are taken some at a time, and each step is done for all of them before the next: products start in the order of
+the program, so that a head's products would wait for the vector arithmetic of its own scores.
 
 Letters: T tokens, H heads, K key width, V value width, C chunk, N slots, L layers of the pool.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,7 @@ from kernels_pallas.scalar_decay_tpu import prefill as run
 LOG2_E = 1.4426950408889634
 SMALLEST_SLOPE = 1e-25  # keeps 0 * inf out of the masked exponents; no chunk is long enough to see it
 MASKED = 1e30  # a distance so far that any slope forgets
-UNROLLED = 4  # heads whose chains of products overlap
+UNROLLED = 8  # heads whose chains of products overlap
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def _rotation(rotary: Rotary | None) -> tuple[Float[Array, "T 128"], ...]:
 
 
 _Q, _Q_PARTNER, _K, _K_PARTNER = range(4)  # factors of a chunk's queries and keys, and of their partners
+_QUERY, _KEY, _VALUE, _KEPT = range(4)  # operands of a head's products; the last may be two
 _AGE, _PASSED, _LEFT, _LEFT_TAKEN = range(4)  # exponents of a chunk: [C, C] of the mask, and from the start, to the end
 
 
@@ -126,48 +128,9 @@ def _scratch(settings: _Settings, dtype: Any) -> tuple[Any, ...]:
     return (
         ((4, C, LANES), f32),
         ((4, C, LANES), f32),
-        ((WINDOW, LANES), f32),
+        ((UNROLLED, _KEPT + _terms(settings, dtype), C, LANES), dtype),
         ((UNROLLED, 3, WINDOW // 2, LANES), jnp.uint32),
     )
-
-
-# ----------------------------------------------------------------------------------------------------- order of tokens
-
-
-def phases(dtype: Any) -> int:
-    """Tokens that share a word: their vectors are computed apart, in *phases* of every other token for bfloat16."""
-    return 4 // jnp.dtype(dtype).itemsize
-
-
-def token_of_row(count: int, axis: int = 0) -> Array:
-    """The token of each row (or column) of a table `[C, 128]` that lists the tokens of a chunk phase by phase."""
-    row = lax.broadcasted_iota(jnp.int32, (C, LANES), axis)
-    size = C // count
-    return row % size * count + row // size
-
-
-def load_words(rows: Any, words: Any) -> None:
-    """Copy a window `[WINDOW, 128]` of bfloat16 to words `[WINDOW / 2, 128]`, whose rows can be loaded one by one."""
-    words[...] = pltpu.bitcast(rows[...], jnp.uint32)
-
-
-def float_phases(words: Any, offset: Any) -> list[Float[Array, "C/2 128"]]:
-    """The even and the odd tokens of a chunk, float32."""
-    even, odd = words[pl.ds(offset // 2, C // 2), :], words[pl.ds((offset + 1) // 2, C // 2), :]
-    shift = (offset % 2 * 16).astype(jnp.uint32)  # where an even token is the upper half of its word
-    parts = [(even << (jnp.uint32(16) - shift)) & jnp.uint32(0xFFFF0000), (odd << shift) & jnp.uint32(0xFFFF0000)]
-    return [lax.bitcast_convert_type(part, jnp.float32) for part in parts]
-
-
-def store_phases(rows: Any, offset: Any, values: Float[Array, "C 128"], count: int) -> None:
-    """Store phases in a float32 reference `[WINDOW, 128]`, in the order of the tokens."""
-    for phase, part in enumerate(jnp.split(values, count)):
-        rows[pl.ds(offset + phase, C // count, stride=count), :] = part
-
-
-def joined(parts: list[Array], dtype: Any) -> Float[Array, "C 128"]:
-    """Phases one behind the other, in the dtype of the products."""
-    return jnp.concatenate([part.astype(dtype) for part in parts])
 
 
 # ------------------------------------------------------------------------------------------------------ the recurrence
@@ -184,17 +147,14 @@ def _scan(settings: _Settings, block: Block) -> None:
 
     @pl.when(block.snapped)
     def _() -> None:
-        _each_head(settings, lambda head, words: _stage_head(settings, block, head, words))
+        lax.fori_loop(0, settings.heads, lambda head, _: _stage_head(settings, block, head), None)
 
-    _each_head(settings, lambda head, inside: _scan_head(settings, block, head, inside))
-
-
-def _each_head(settings: _Settings, act: Callable[[Any, int], None]) -> None:
-    unrolled = UNROLLED if settings.heads % UNROLLED == 0 else 1
+    unrolled = next(n for n in (UNROLLED, 4, 2, 1) if settings.heads % n == 0)
 
     def heads(index: Any, _: None) -> None:
-        for inside in range(unrolled):
-            act(index * unrolled + inside, inside)
+        first = index * unrolled
+        _prepare(settings, block, first, unrolled)
+        _scan_heads(settings, block, first, unrolled)
 
     lax.fori_loop(0, settings.heads // unrolled, heads, None)
 
@@ -215,7 +175,7 @@ def _clear_absent(settings: _Settings, block: Block) -> None:
 def _make_factors(settings: _Settings, block: Block) -> None:
     """Norm weights, scale and rotation of all heads in one: `x own + partner(x) other`."""
     norms, _ = block.constants[1:]
-    factors, shelf = block.scratch[0], block.scratch[2]
+    factors = block.scratch[0]
     root = LANES**0.5 if settings.normed else 1.0  # of the mean, whose sum is what is divided by
     for first, row, scale in ((_Q, 0, root * settings.scale), (_K, 1, root)):
         weight = jnp.broadcast_to(norms[row : row + 1, :], (C, LANES)) * scale
@@ -223,10 +183,8 @@ def _make_factors(settings: _Settings, block: Block) -> None:
             factors[first] = weight
             continue
         half, lane = settings.half, lax.broadcasted_iota(jnp.int32, (C, LANES), 1)
-        shelf[...] = block.windows[2][...]
-        count = phases(block.windows[0].dtype)
-        table = jnp.concatenate([shelf[pl.ds(block.offset + p, C // count, stride=count), :] for p in range(count)])
-        table = jnp.where(token_of_row(count) < block.length, table, 0.0)  # behind the last token it holds anything
+        table = block.windows[2][pl.ds(block.offset, C), :]
+        table = jnp.where(_tokens() < block.length, table, 0.0)  # behind the last token it holds anything
         ahead, behind = pltpu.roll(table, LANES - half, 1), pltpu.roll(table, half, 1)
         cos = jnp.where(lane < half, table, jnp.where(lane < 2 * half, behind, 1.0))
         sin = jnp.where(lane < half, -ahead, jnp.where(lane < 2 * half, table, 0.0))
@@ -235,18 +193,28 @@ def _make_factors(settings: _Settings, block: Block) -> None:
 
 
 def _partner(settings: _Settings, x: Float[Array, "C 128"]) -> Float[Array, "C 128"]:
-    """The channel that each of the first 2 half is paired with."""
-    half, lane = settings.half, lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    other = jnp.where(lane < half, lane + half, jnp.where(lane < 2 * half, lane - half, lane))
-    return jnp.take_along_axis(x, other, axis=1)
+    """The channel that each of the first 2 half is paired with, float32; 0 for the others.
+
+    Of bfloat16 by a product with a permutation, which is exact: the matrix units have time, the lane units have not.
+    """
+    half, lane = settings.half, lax.broadcasted_iota(jnp.int32, (LANES, LANES), 1)
+    other = jnp.where(lane < half, lane + half, jnp.where(lane < 2 * half, lane - half, LANES))
+    if x.dtype == jnp.float32:
+        found = jnp.take_along_axis(x, jnp.minimum(other, LANES - 1), axis=1)
+        return jnp.where(lane < 2 * half, found, 0.0)
+    return dot(x, (lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0) == other).astype(x.dtype), 1, 0)
+
+
+def _tokens(axis: int = 0) -> Array:
+    """The token of each row, or of each column, of a table `[C, 128]`."""
+    return lax.broadcasted_iota(jnp.int32, (C, LANES), axis)
 
 
 def _make_exponents(block: Block) -> None:
     """Tokens between two, since the start of the chunk, until its end, until the snapshot: as float32 tables."""
     exponents = block.scratch[1]
-    count = phases(block.windows[0].dtype)
-    token = token_of_row(count)
-    apart = token - token_of_row(count, 1)
+    token = _tokens()
+    apart = token - _tokens(1)
     exponents[_AGE] = jnp.where(apart >= 0, apart.astype(jnp.float32), MASKED)
     exponents[_PASSED] = (token + 1).astype(jnp.float32)
     for table, end in ((_LEFT, block.length), (_LEFT_TAKEN, block.taken)):
@@ -254,35 +222,63 @@ def _make_exponents(block: Block) -> None:
         exponents[table] = jnp.where(left >= 0, left.astype(jnp.float32), MASKED)
 
 
-def _scan_head(settings: _Settings, block: Block, head: Any, inside: int) -> None:
-    """Raw outputs and the next state of one head. `inside`: the part of the scratch that it may use."""
-    exponents, state, dtype = block.scratch[1], block.memory[0], block.windows[0].dtype
-    rate, start = -block.constants[0][head], state[head]
-    k = _vectors(settings, block, head, 1, inside)
-    q = _vectors(settings, block, head, 0, inside)
-    v = joined(_load(settings, block, head, 2, inside), dtype)
-    scores = dot(joined(q, dtype), joined(k, dtype), 1, 1) * jnp.exp2(rate * exponents[_AGE])
-    passed = joined(_decayed(q, rate, exponents[_PASSED]), dtype)
-    out = dot(scores.astype(dtype), v, 1, 0) + dot(passed, start.astype(dtype), 1, 1)
-    store_phases(block.raw.at[head], block.offset, out, phases(dtype))
-    added = _added(settings, v, _decayed(k, rate, exponents[_LEFT]))
-    state[head] = start * _forgotten(rate, block.length) + added
+def _prepare(settings: _Settings, block: Block, first: Any, count: int) -> None:
+    """Operands of the products of `count` heads, in their dtype: queries, keys, values, keys as the chunk's end sees
+    them. Apart from the products, so that fewer registers are wanted at a time; all is read before any is stored.
+    """
+    operands, found = block.scratch[2], []
+    for inside in range(count):
+        head = first + inside
+        k = _vectors(settings, block, head, 1, inside)
+        q, v = _vectors(settings, block, head, 0, inside), _values(settings, block, head, inside)
+        found.append([q.astype(v.dtype), k.astype(v.dtype), v, *_kept(settings, block, head, k, _LEFT)])
+    for inside, parts in enumerate(found):
+        for part, value in enumerate(parts):
+            operands[inside, part] = value
 
 
-def _stage_head(settings: _Settings, block: Block, head: Any, words: int) -> None:
+def _scan_heads(settings: _Settings, block: Block, first: Any, count: int) -> None:
+    """Raw outputs and the next states of `count` heads: each step for all of them, as products start in order; and all
+    is read before any is stored.
+    """
+    exponents, operands, state = block.scratch[1], block.scratch[2], block.memory[0]
+    rates = [-block.constants[0][first + inside] for inside in range(count)]
+    heads = [[operands[inside, part] for part in range(operands.shape[1])] for inside in range(count)]
+    starts = [state[first + inside] for inside in range(count)]
+    products = [dot(q, k, 1, 1) for q, k, *_ in heads]
+    carried = [dot(head[_QUERY], start.astype(operands.dtype), 1, 1) for head, start in zip(heads, starts, strict=True)]
+    added = [_added(v, kept) for _, _, v, *kept in heads]
+    scores = [x * jnp.exp2(rate * exponents[_AGE]) for x, rate in zip(products, rates, strict=True)]
+    outs = [dot(x.astype(operands.dtype), head[_VALUE], 1, 0) for x, head in zip(scores, heads, strict=True)]
+    for inside, rate in enumerate(rates):
+        out = outs[inside] + carried[inside] * jnp.exp2(rate * exponents[_PASSED])
+        block.raw[first + inside, pl.ds(block.offset, C), :] = out
+        state[first + inside] = starts[inside] * _forgotten(rate, block.length) + added[inside]
+
+
+def _stage_head(settings: _Settings, block: Block, head: Any) -> None:
     """The state of one head after the tokens of a snapshot inside the chunk."""
-    k = _vectors(settings, block, head, 1, words)
-    v = joined(_load(settings, block, head, 2, words), block.windows[0].dtype)
-    rate, left = -block.constants[0][head], block.scratch[1][_LEFT_TAKEN]
-    added = _added(settings, v, _decayed(k, rate, left))
+    kept = _kept(settings, block, head, _vectors(settings, block, head, 1, 0), _LEFT_TAKEN)
+    added = _added(_values(settings, block, head, 0), kept)
+    rate = -block.constants[0][head]
     block.stage[0][head] = block.memory[0][head] * _forgotten(rate, block.taken) + added
 
 
-def _added(settings: _Settings, v: Float[Array, "C V"], kept: list[Array]) -> Float[Array, "V K"]:
-    """What a chunk adds to a state. Values that were rounded want keys that are not."""
-    whole = jnp.concatenate(kept)
-    terms = split(whole, v.dtype) if settings.activated else [whole.astype(v.dtype)]
-    return sum((dot(v, term, 0, 0) for term in terms[1:]), dot(v, terms[0], 0, 0))
+def _terms(settings: _Settings, dtype: Any) -> int:
+    """Terms that kept keys are split in. Values that were rounded want keys that are not."""
+    return 2 if settings.activated and dtype != jnp.float32 else 1
+
+
+def _kept(settings: _Settings, block: Block, head: Any, k: Float[Array, "C K"], exponents: int) -> list[Array]:
+    """Keys with their decay, in the dtype of the products."""
+    dtype, rate = block.windows[0].dtype, -block.constants[0][head]
+    whole = k * jnp.exp2(rate * block.scratch[1][exponents])
+    return split(whole, dtype) if _terms(settings, dtype) > 1 else [whole.astype(dtype)]
+
+
+def _added(v: Float[Array, "C V"], kept: list[Array]) -> Float[Array, "V K"]:
+    """What a chunk adds to a state."""
+    return sum((dot(v, term, 0, 0) for term in kept[1:]), dot(v, kept[0], 0, 0))
 
 
 def _forgotten(rate: Any, count: Any) -> Float[Array, "1 128"]:
@@ -290,34 +286,44 @@ def _forgotten(rate: Any, count: Any) -> Float[Array, "1 128"]:
     return jnp.exp2(jnp.full((1, LANES), rate * count.astype(jnp.float32)))
 
 
-def _decayed(parts: list[Array], rate: Any, exponents: Float[Array, "C 128"]) -> list[Array]:
-    factors = jnp.split(jnp.exp2(rate * exponents), len(parts))
-    return [part * factor for part, factor in zip(parts, factors, strict=True)]
+def _vectors(settings: _Settings, block: Block, head: Any, part: int, shelf: int) -> Float[Array, "C K"]:
+    """Queries (part 0) or keys (1) with norm, rotation and scale, float32. `shelf`: the one that it may use."""
+    first, x = (_Q, _K)[part], _activated(settings, block, head, part, shelf)
+    whole = x.astype(jnp.float32)
+    y = whole * block.scratch[0][first]
+    if settings.half:
+        y = y + _partner(settings, x) * block.scratch[0][first + 1]
+    if settings.normed:
+        y = y * lax.rsqrt(jnp.sum(whole * whole, axis=1, keepdims=True) + LANES * settings.epsilon)
+    return y
 
 
-def _vectors(settings: _Settings, block: Block, head: Any, part: int, words: int) -> list[Array]:
-    """Queries (part 0) or keys (1) with norm, rotation and scale, float32, by phases."""
-    parts = _load(settings, block, head, part, words)
-    first, size, prepared = (_Q, _K)[part], C // len(parts), []
-    for phase, x in enumerate(parts):
-        rows = pl.ds(phase * size, size)
-        y = x * block.scratch[0][first, rows]
-        if settings.half:
-            y = y + _partner(settings, x) * block.scratch[0][first + 1, rows]
-        if settings.normed:
-            y = y * lax.rsqrt(jnp.sum(x * x, axis=1, keepdims=True) + LANES * settings.epsilon)
-        prepared.append(y)
-    return prepared
+def _values(settings: _Settings, block: Block, head: Any, shelf: int) -> Float[Array, "C V"]:
+    """Values in the dtype of the products."""
+    return _activated(settings, block, head, 2, shelf).astype(block.windows[0].dtype)
 
 
-def _load(settings: _Settings, block: Block, head: Any, part: int, words: int) -> list[Array]:
-    window, shelf = block.windows[0].at[part, head], block.scratch[3].at[words, part]
+def _activated(settings: _Settings, block: Block, head: Any, part: int, shelf: int) -> Float[Array, "C 128"]:
+    x = _load(block, head, part, shelf)
+    if not settings.activated:
+        return x
+    whole = x.astype(jnp.float32)
+    return whole * sigmoid(whole)
+
+
+def _load(block: Block, head: Any, part: int, shelf: int) -> Float[Array, "C 128"]:
+    """The chunk's tokens. Of bfloat16 from a shelf of words, whose rows can be loaded one by one.
+
+    A chunk that starts at an odd row takes the upper half of each word and the lower half of the next; one that starts
+    at an even row finds a word twice.
+    """
+    window, words, offset = block.windows[0].at[part, head], block.scratch[3].at[shelf, part], block.offset
     if window.dtype == jnp.float32:
-        parts = [window[pl.ds(block.offset, C), :]]
-    else:
-        load_words(window, shelf)
-        parts = float_phases(shelf, block.offset)
-    return [x * sigmoid(x) for x in parts] if settings.activated else parts
+        return window[pl.ds(offset, C), :]
+    words[...] = pltpu.bitcast(window[...], jnp.uint32)
+    here, next_ = words[pl.ds(offset // 2, C // 2), :], words[pl.ds((offset + 1) // 2, C // 2), :]
+    shift = (offset % 2 * 16).astype(jnp.uint32)
+    return pltpu.bitcast((here >> shift) | (next_ << shift), window.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ output norm and gate

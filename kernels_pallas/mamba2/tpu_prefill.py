@@ -40,7 +40,7 @@ LOG2_E = 1.4426950408889634
 STEPS = 16.0  # a log decay is split at multiples of 1 / STEPS
 STRONGEST = -256.0  # log2 of a decay that is 0 in float32; totals of a chunk stay exact
 MASKED = -1e30
-UNROLLED = 2  # lane tiles whose chains of products overlap
+UNROLLED = 4  # lane tiles whose chains of products overlap
 
 
 @dataclass(frozen=True)
@@ -216,11 +216,10 @@ def _scan_group(settings: _Settings, block: Block, group: Any) -> None:
     keys, scores = block.scratch[3:5]
     _load_keys(settings, block, group, _keep_tail)
     scores[...] = dot(keys[_AFTER], keys[_BEFORE], 1, 1)
-    unrolled = UNROLLED if settings.slabs % UNROLLED == 0 else 1
+    unrolled = next(n for n in (UNROLLED, 2, 1) if settings.slabs % n == 0)
 
     def slabs(index: Any, _: None) -> None:
-        for inside in range(unrolled):
-            _scan_slab(settings, block, group, index * unrolled + inside, inside)
+        _scan_slabs(settings, block, group, index * unrolled, unrolled)
 
     lax.fori_loop(0, settings.slabs // unrolled, slabs, None)
 
@@ -234,23 +233,33 @@ def _load_keys(settings: _Settings, block: Block, group: Any, keep_tail: Callabl
         keep_tail(block, tile, vector)
 
 
-def _scan_slab(settings: _Settings, block: Block, group: Any, slab: Any, inside: int) -> None:
-    """Raw outputs and the next state of one lane tile. `inside`: the shelf that it may use."""
-    keys, scores = block.scratch[3:5]
-    tile, head = group * settings.slabs + slab, (group * settings.slabs + slab) * settings.members
-    x = _channels(block, group * (settings.slabs + 2) + slab, inside)
-    _keep_tail(block, group * (settings.slabs + 2) + slab, inside)
-    added = (x * _spread(settings, block, _STEP, tile)).astype(keys.dtype)
-    states = pl.ds(head, settings.members)
-    start = block.memory[0][states].reshape(LANES, LANES)
-    out = dot(keys[_AFTER], start.astype(keys.dtype), 1, 1) * _spread(settings, block, _SINCE, tile)
+def _scan_slabs(settings: _Settings, block: Block, group: Any, first: Any, count: int) -> None:
+    """Raw outputs and the next states of some lane tiles of a group: each step for all of them, as products start in
+    order; and all is read before any is stored, so that their chains overlap.
+    """
+    keys, scores, each = block.scratch[3], block.scratch[4][...], range(count)
+    dtype = keys.dtype
+    columns = [group * (settings.slabs + 2) + first + inside for inside in each]
+    tiles = [group * settings.slabs + first + inside for inside in each]
+    heads = [tile * settings.members for tile in tiles]
+    starts = [block.memory[0][pl.ds(head, settings.members)].reshape(LANES, LANES) for head in heads]
+    xs = [_channels(block, column, inside) for inside, column in zip(each, columns, strict=True)]
+    carried = [dot(keys[_AFTER], start.astype(dtype), 1, 1) for start in starts]
+    kept = [x * _spread(settings, block, _KEPT, tile) for x, tile in zip(xs, tiles, strict=True)]
+    after = [_after(settings, block, *parts, C - 1) for parts in zip(starts, heads, kept, strict=True)]
+    added = [(x * _spread(settings, block, _STEP, tile)).astype(dtype) for x, tile in zip(xs, tiles, strict=True)]
+    outs = [x * _spread(settings, block, _SINCE, tile) for x, tile in zip(carried, tiles, strict=True)]
     for member in range(settings.members):
-        weighted = scores[...] * _decay_between(block, head + member)
-        mine = jnp.where(_iota(1) // settings.width == member, added, jnp.zeros_like(added))
-        out = out + dot(weighted.astype(keys.dtype), mine, 1, 0)
-    block.raw[tile, pl.ds(block.offset, C), :] = out + x * block.constants[_SKIP][:, _columns(tile)]
-    after = _after(settings, block, start, head, x * _spread(settings, block, _KEPT, tile), C - 1)
-    block.memory[0][states] = after.reshape(settings.members, settings.width, LANES)
+        decays = [_decay_between(block, head + member) for head in heads]
+        mine = [jnp.where(_iota(1) // settings.width == member, x, jnp.zeros_like(x)) for x in added]
+        weighted = [(scores * decay).astype(dtype) for decay in decays]
+        outs = [out + dot(w, values, 1, 0) for out, w, values in zip(outs, weighted, mine, strict=True)]
+    for inside, tile, head in zip(each, tiles, heads, strict=True):
+        skipped = xs[inside] * block.constants[_SKIP][:, _columns(tile)]
+        block.raw[tile, pl.ds(block.offset, C), :] = outs[inside] + skipped
+        rows = after[inside].reshape(settings.members, settings.width, LANES)
+        block.memory[0][pl.ds(head, settings.members)] = rows
+        _keep_tail(block, columns[inside], inside)
 
 
 def _after(
@@ -321,7 +330,7 @@ def _finish(settings: _Settings, block: Block) -> None:
     """The gate and the norm over each group, of all rows of the window."""
     z, weight, gated = block.windows[1], block.constants[_NORM], block.scratch[5]
     count = settings.slabs
-    unrolled = UNROLLED if count % UNROLLED == 0 else 1
+    unrolled = 2 if count % 2 == 0 else 1
 
     def silu(tile: Any) -> Array:
         x = z[:, _columns(tile)].astype(jnp.float32)
