@@ -121,10 +121,17 @@ def decode(
     plan = _plan(batch, inputs[0].shape[0], heads * width // LANES)
     flat = pools[0].reshape(layers, slots, heads * width, key_width)
     places = _places(layer, batch, plan.group * plan.groups)
-    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*inputs, *weights, flat, *pools[1:]))
+    grouped = tuple(_in_groups(x, plan.group) for x in inputs)
+    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*grouped, *weights, flat, *pools[1:]))
     call = _built(kind, plan, len(inputs), len(weights), shapes, interpreter())
-    out, state, *rest = call(*places, *inputs, *weights, flat, *pools[1:])
-    return out, (state.reshape(pools[0].shape), *rest)
+    out, state, *rest = call(*places, *grouped, *weights, flat, *pools[1:])
+    return out.reshape(-1, out.shape[-1])[: inputs[0].shape[0]], (state.reshape(pools[0].shape), *rest)
+
+
+def _in_groups(x: Float[Array, "T c"], group: int) -> Float[Array, "n G c"]:
+    """The tokens by groups, padded to whole ones: a block is a whole plane, however a chip tiles rows in memory."""
+    groups = pl.cdiv(x.shape[0], group)
+    return jnp.pad(x, ((0, groups * group - x.shape[0]), (0, 0))).reshape(groups, group, x.shape[1])
 
 
 def check_decode(
@@ -195,23 +202,26 @@ def _built(
     """The kernel. One object for equal arguments: a model's layers share it."""
     first, pools = shapes[0], shapes[inputs + weights :]
     slot = plan.slabs * LANES
-    out = jax.ShapeDtypeStruct((first.shape[0], slot), first.dtype)
+    out = jax.ShapeDtypeStruct((*first.shape[:2], slot), first.dtype)
 
-    def block_of_group(group: Any, layer: Ref, count: Ref, *_: Ref) -> tuple[Any, int]:
+    def block_of_group(group: Any, layer: Ref, count: Ref, *_: Ref) -> tuple[Any, int, int]:
         last = lax.div(jnp.maximum(count[0] - 1, 0), plan.group)  # nothing is fetched for groups without tokens
-        return jnp.minimum(group, last), 0
+        return jnp.minimum(group, last), 0, 0
 
-    in_specs = [pl.BlockSpec((plan.group, x.shape[1]), block_of_group) for x in shapes[:inputs]]
+    in_specs = [pl.BlockSpec((None, plan.group, x.shape[2]), block_of_group) for x in shapes[:inputs]]
     in_specs += [pl.BlockSpec(x.shape, lambda *_: (0, 0)) for x in shapes[inputs : inputs + weights]]
     anywhere = pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         functools.partial(_kernel, kind, plan, inputs, weights),
-        out_shape=(out, *pools),
+        out_shape=(out, *(pltpu.HBM(pool.shape, pool.dtype) for pool in pools)),  # else XLA may move one into VMEM
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(plan.groups,),
             in_specs=[*in_specs, *(anywhere for _ in pools)],
-            out_specs=[pl.BlockSpec((plan.group, slot), lambda group, *_: (group, 0)), *(anywhere for _ in pools)],
+            out_specs=[
+                pl.BlockSpec((None, plan.group, slot), lambda group, *_: (group, 0, 0)),
+                *(anywhere for _ in pools),
+            ],
             scratch_shapes=_scratch(kind, plan, first, pools),
         ),
         input_output_aliases={5 + inputs + weights + index: 1 + index for index in range(len(pools))},
@@ -240,7 +250,7 @@ def _scratch(kind: Kind, plan: _Plan, first: Any, pools: tuple[Any, ...]) -> lis
     if kind.convolved:
         tails = pltpu.VMEM((2, plan.group, *pools[1].shape[2:]), pools[1].dtype)
         scratch += [
-            lines(first.shape[1] // LANES),
+            lines(first.shape[2] // LANES),
             tails,
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.SemaphoreType.DMA((2,)),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -90,3 +91,12 @@ def test_a_kernel_is_no_worse_than_its_line(tpu_cost, kind, sort, topology):
     for cost in costs:
         bundles, spills = recorded(cost.kernel, tpu_cost.MODELS[kind], sort, topology.split(":")[0])
         assert cost.bundles <= WORSE * bundles and cost.spills <= max(spills, 1) * WORSE, cost
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gdn", "lightning", "mamba2", "kda"])
+def test_decode_compiles_in_a_layer_where_rows_lie_in_tiles_of_16(kind):
+    """A TPU7x lays the rows of a layer's activations so; a kernel alone, as a program of its own, is given others."""
+    command = [sys.executable, str(ROOT / "scripts" / "tpu_cost.py"), "compile-layer", kind, "decode", "tpu7x:2x2x1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and f"{kind}_decode" in done.stdout, done.stderr[-2000:]
