@@ -26,7 +26,7 @@ from jax.experimental.layout import Format
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float
 
-from hybrid_jax.formats import is_stated, pool_format
+from hybrid_jax.formats import is_stated, pool_format, weight_format, weight_formats
 from hybrid_jax.programs import DeviceMemory
 from kernels_pallas.op import CONSTANT, ArraySpec, Cache, KVSpec, Memory, Op
 from models.decoder import Decoder
@@ -132,8 +132,8 @@ class OneDevice:
         return SingleDeviceSharding(self.device)
 
     def weights(self, state: nnx.State) -> nnx.State:
-        """The device, in place of the value of every weight."""
-        return jax.tree.map(lambda leaf: self.everywhere, state)
+        """The device, with the order of axes where that is stated, in place of the value of every weight."""
+        return weight_formats(state, lambda axes: self.everywhere)
 
     def memory(self, specs: tuple[Memory, ...]) -> DeviceMemory:
         """The device, and the formats of the pools on it."""
@@ -144,7 +144,8 @@ class OneDevice:
 
     def put(self, variable: nnx.Variable, value: np.ndarray) -> jax.Array:
         """A weight on the device."""
-        return jax.device_put(value)
+        stated = is_stated(self.device)
+        return jax.device_put(value, weight_format(self.everywhere, _axes(variable)) if stated else None)
 
     def allocate(self, make: Callable[[], DeviceMemory], specs: tuple[Memory, ...]) -> DeviceMemory:
         """What `make` makes."""
@@ -204,9 +205,8 @@ class Layout:
         )
 
     def weights(self, state: nnx.State) -> nnx.State:
-        """The sharding of every weight of a state, which may be abstract, in place of its value."""
-        flat = [(path, leaf.replace(self.sharding(_axes(leaf)))) for path, leaf in nnx.to_flat_state(state)]
-        return nnx.from_flat_state(flat)
+        """The sharding or format of every weight of a state, which may be abstract, in place of its value."""
+        return weight_formats(state, self.sharding)
 
     def pools(self, specs: Sequence[Memory]) -> tuple[tuple[Sharding | Format, ...], ...]:
         """The formats of the pools `[L, P, S, w]` and `[L, N, ...]` of a cache."""
@@ -218,7 +218,9 @@ class Layout:
 
     def put(self, variable: nnx.Variable, value: np.ndarray) -> jax.Array:
         """A weight on the devices, each with its share only: the `put` of `checkpoint.load`."""
-        return jax.make_array_from_callback(value.shape, self.sharding(_axes(variable)), lambda index: value[index])
+        axes = _axes(variable)
+        place = weight_format(self.sharding(axes), axes)
+        return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
 
     def memory(self, specs: tuple[Memory, ...]) -> DeviceMemory:
         """The shardings of all that stays on the devices from step to step, and the formats of its pools."""

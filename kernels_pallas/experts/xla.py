@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 Activation = Callable[[Array], Array]  # [n, c, F] to [n, F]
+Compute = Callable[[Array, Array, Array, Array, Activation], Array]
 
 
 def experts(
@@ -22,9 +23,13 @@ def experts(
     gate_up: Float[Array, "E D c F"],
     down: Float[Array, "E F D"],
     activate: Activation,
+    grouped: Compute | None = None,
 ) -> Float[Array, "T k D"]:
-    """The outputs of each token's experts. Gathering reads a kernel per choice, grouping reads every kernel."""
-    compute = gathered_experts if chosen.size < gate_up.shape[0] else grouped_experts
+    """The outputs of each token's experts. Gathering reads a kernel per choice, grouping reads every kernel.
+
+    `grouped`: how, None for `grouped_experts`.
+    """
+    compute = gathered_experts if chosen.size < gate_up.shape[0] else grouped or grouped_experts
     return compute(x, chosen, gate_up, down, activate)
 
 
@@ -34,15 +39,16 @@ def share(
     gate_up: Float[Array, "E D c F"],
     down: Float[Array, "E F D"],
     activate: Activation,
+    grouped: Compute | None = None,
 ) -> Float[Array, "T k D"]:
     """The outputs of each token's experts, zeros for a number out of range.
 
-    Looping reads a kernel per choice in range, and waits for each; grouping reads every kernel.
+    Looping reads a kernel per choice in range, and waits for each; grouping reads every kernel, as for `experts`.
     """
     count = gate_up.shape[0]
     here = (chosen >= 0) & (chosen < count)
     own = jnp.where(here, chosen, count)
-    compute = looped_experts if chosen.size < count else grouped_experts
+    compute = looped_experts if chosen.size < count else grouped or grouped_experts
     return jnp.where(here[:, :, None], compute(x, own, gate_up, down, activate), 0)
 
 

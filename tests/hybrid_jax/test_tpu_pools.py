@@ -1,16 +1,16 @@
-"""Law 6 for TPUs that are not there: a step updates its pools where they lie, and copies none of them.
+"""Law 6 for TPUs that are not there: a step updates its pools where they lie, and copies none, nor weights of experts.
 
 The programs are those of an engine, as `hybrid_jax.aot` compiles them, of models cut to two small layers: one that
-keeps slots, one that keeps pages. The pools are larger than VMEM, into which the compiler may take a small pool for a
-while.
+keeps slots, one that keeps pages.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from hybrid_jax.aot import compile_program, prepare
+from hybrid_jax.aot import compile_program, lower_program, prepare
 from hybrid_jax.chips import open_slice
 from hybrid_jax.config import EngineConfig
 from tests import tpu_topology  # noqa: F401 says that there is no TPU, before the library is loaded
@@ -43,10 +43,10 @@ MODELS = {
 ENGINE = {"max_num_seqs": 8, "max_model_len": 4096, "max_num_batched_tokens": 256, "pages": 4097, "slots": 16385}
 
 
-def subject(name, topology, devices=1):
+def subject(name, topology, devices=1, **changed):
     """The abstract model on one chip of a topology, or divided over several."""
     config, cut = MODELS[name]
-    hf = json.loads((CONFIGS / f"{config}.json").read_text()) | SMALL | cut
+    hf = json.loads((CONFIGS / f"{config}.json").read_text()) | SMALL | cut | changed
     return prepare(hf, name, open_slice(topology), EngineConfig(**ENGINE, tensor_parallel=devices))
 
 
@@ -72,6 +72,38 @@ def test_nor_does_a_step_that_two_chips_share():
     found = subject("gqa gdn", "v5e:2x2", devices=2)
     program = check(found, "decode")
     assert program.argument_bytes < 1.02 * (found.plan.total_bytes - found.plan.temporaries_bytes)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_decode_kernel_lets_a_pool_be_taken_into_vmem(name):
+    """Each pool that it updates is told to lie in HBM: those of few slots would be taken there and back in between."""
+    text = lower_program(subject(name, "v6e:2x2"), "decode")[0].as_text()
+    kernels = [line for line in text.splitlines() if re.search(r'kernel_name = "\w+_decode"', line)]
+    assert kernels
+    for line in kernels:
+        assert line.count("output_tuple_indices") == line.count(r"{\22color\22:0,\22shape_index\22:[")
+
+
+WIDE = {"hidden_size": 1024, "num_attention_heads": 8}
+MOST_BYTES = 32 * 2**20  # of temporaries; a layer's first kernels of experts are 64 MiB or 116 MiB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, experts",
+    [
+        ("gqa gdn", {"num_experts": 32, "moe_intermediate_size": 512, "num_experts_per_tok": 4}),
+        (
+            "gqa mamba2",
+            {"n_routed_experts": 32, "moe_intermediate_size": 1856, "num_experts_per_tok": 4,
+             "hybrid_override_pattern": "M*E", "num_hidden_layers": 3},
+        ),
+    ],
+)  # fmt: skip
+def test_a_decode_step_copies_no_kernels_of_experts(name, experts):
+    """Two matrices side by side, and matrices whose width is no multiple of 128 lanes."""
+    program = check(subject(name, "v6e:2x2", **WIDE, **experts), "decode")
+    assert program.temporaries_bytes < MOST_BYTES
 
 
 def test_full_attention_takes_the_kernels_of_a_tpu():

@@ -198,9 +198,9 @@ def test_refuses_what_it_cannot_do():
         ("auto", "bfloat16", (2048, 512), "gpu", "gpu"),
         ("auto", "bfloat16", (2048, 500), "gpu", "xla"),
         ("auto", "float32", (2048, 512), "gpu", "xla"),
-        ("auto", "bfloat16", (2048, 512), "tpu", "xla"),
+        ("auto", "bfloat16", (2048, 512), "tpu", "tpu"),
         ("xla", "bfloat16", (2048, 512), "gpu", "xla"),
-        ("tpu", "bfloat16", (2048, 512), "tpu", "xla"),
+        ("tpu", "bfloat16", (2048, 512), "tpu", "tpu"),
         ("gpu", "float32", (2048, 500), "gpu", "gpu"),
     ],
 )
