@@ -80,6 +80,7 @@ def generate(
     ignore_eos: bool = False,
     dtype: Dtype = "bfloat16",
     backend: Backend = "auto",
+    quantization: Quantization | None = None,
     max_model_len: int | None = None,
 ) -> None:
     """Generate text from one prompt and print it as it comes.
@@ -98,9 +99,10 @@ def generate(
         ignore_eos: go on behind the model's end of text.
         dtype: of weights and caches.
         backend: who computes attention.
+        quantization: what weights become on load; unset, they are as stored.
         max_model_len: most tokens of prompt and answer together.
     """
-    llm = LLM(model, dtype, backend, max_model_len=max_model_len, max_num_seqs=1)
+    llm = LLM(model, dtype, backend, quantization=quantization, max_model_len=max_model_len, max_num_seqs=1)
     tokens = llm.encode_chat(prompt) if chat else llm.encode(prompt)
     default = llm.default_params
     params = SamplingParams(
@@ -255,6 +257,7 @@ def serve(
     served_model_name: Several = (),
     shutdown_timeout_s: Annotated[float, tyro.conf.arg(name="shutdown-timeout")] = 30.0,
     stall_timeout_s: Annotated[float, tyro.conf.arg(name="stall-timeout")] = 60.0,
+    queue_timeout_s: Annotated[float, tyro.conf.arg(name="queue-timeout")] = 600.0,
     watchdog_timeout_s: Annotated[float, tyro.conf.arg(name="watchdog-timeout")] = 300.0,
     strict_fields: bool = False,
     engine: Annotated[EngineConfig, tyro.conf.arg(name="")] = DEFAULT_ENGINE,
@@ -273,6 +276,7 @@ def serve(
         served_model_name: name of the model in requests, repeatable; unset, MODEL as given.
         shutdown_timeout_s: seconds that running requests may go on after SIGTERM.
         stall_timeout_s: seconds without a turn of the engine after which /health fails.
+        queue_timeout_s: seconds that a request may wait for its turn before it ends with a 503.
         watchdog_timeout_s: seconds without a turn of the engine after which the process ends with exit code 1.
         strict_fields: refuse every unknown field of a request.
         engine: how the engine runs the model.
@@ -287,6 +291,7 @@ def serve(
         api_keys=(*api_key, *read_keys(api_key_file)),
         shutdown_timeout_s=shutdown_timeout_s,
         stall_timeout_s=stall_timeout_s,
+        queue_timeout_s=queue_timeout_s,
         watchdog_timeout_s=watchdog_timeout_s,
         strict_fields=strict_fields,
     )

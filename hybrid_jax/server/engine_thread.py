@@ -19,6 +19,7 @@ from hybrid_jax.llm import LLM
 from hybrid_jax.request import FinishReason, SamplingParams, TokenLogprobs
 from hybrid_jax.scheduler import QueueFull
 from hybrid_jax.server.errors import ApiError, bad_request, unavailable
+from hybrid_jax.server.settings import QUEUE_TIMEOUT_S
 from hybrid_jax.stats import Stats
 from hybrid_jax.step import Progress
 
@@ -88,10 +89,10 @@ class Mailbox:
 
 
 class _Line:
-    """An answer that the engine works on: whose it is, and how many of its tokens were sent."""
+    """An answer that the engine works on: whose it is, since when, and how many of its tokens were sent."""
 
-    def __init__(self, answer: Answer, mailbox: Mailbox, index: int):
-        self.answer, self.mailbox, self.index, self.sent = answer, mailbox, index, 0
+    def __init__(self, answer: Answer, mailbox: Mailbox, index: int, came_s: float):
+        self.answer, self.mailbox, self.index, self.came_s, self.sent = answer, mailbox, index, came_s, 0
 
     def take(self, progress: Progress) -> Piece:
         """Let the answer grow; what is new of it."""
@@ -115,15 +116,23 @@ class EngineThread:
     """Runs the engine of an `LLM` until it is stopped or breaks.
 
     Methods are for the event loop's thread. on_death is called there when the engine broke.
+    queue_timeout_s: a request of which nothing has begun for so long ends with a 503.
     """
 
-    def __init__(self, llm: LLM, loop: asyncio.AbstractEventLoop, on_death: Callable[[], None]):
+    def __init__(
+        self,
+        llm: LLM,
+        loop: asyncio.AbstractEventLoop,
+        on_death: Callable[[], None],
+        queue_timeout_s: float = QUEUE_TIMEOUT_S,
+    ):
         self.phase: Phase = "compiling"
         self.stats: Stats = llm.stats()
         self.live = 0  # choices that wait or run
-        self.most_live = llm.config.max_waiting + llm.memory.max_num_seqs
+        self.most_waiting = llm.config.max_waiting
+        self.most_live = self.most_waiting + llm.memory.max_num_seqs
         self._llm, self._engine = llm, llm.engine  # nobody else drives it from here on
-        self._loop, self._on_death = loop, on_death
+        self._loop, self._on_death, self._queue_timeout_s = loop, on_death, queue_timeout_s
         self._beat_s: float | None = None  # of the last turn
         self._looked_s = 0.0
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()  # bounded by most_live, as the next one
@@ -180,16 +189,18 @@ class EngineThread:
         Raises ApiError: 503 for a full queue and outside of service, 400 for a request that no queue or pool can hold.
         """
         self.require_serving()
-        if len(answers) > self.most_live:
+        if len(answers) > self.most_waiting:  # they come in together, and each of them waits until the next step
             raise bad_request(
-                f"wanted at most {self.most_live} choices at once, got {len(answers)}: ask for fewer", "n"
+                f"wanted at most max_waiting={self.most_waiting} choices of all prompts together, got {len(answers)}:"
+                " lower n, send fewer prompts, or start the server with a larger --max-waiting",
+                "n",
             )
         if self.live + len(answers) > self.most_live:
             raise unavailable(f"{self.most_live} requests run and wait already: try again", "queue_full", "queue_full")
         self.live += len(answers)
         self._mailboxes.add(mailbox)
         try:
-            await self._order(partial(self._admit, tuple(answers), mailbox))
+            await self._order(partial(self._admit, tuple(answers), mailbox, time.monotonic()))
         except BaseException:
             self.end(answers, mailbox)
             raise
@@ -214,7 +225,10 @@ class EngineThread:
         self._admissions.add(done)
         self._orders.put(partial(order, done))
         try:
-            return await done
+            async with asyncio.timeout(self._queue_timeout_s):
+                return await done
+        except TimeoutError:
+            raise _waited(self._queue_timeout_s) from None
         finally:
             self._admissions.discard(done)
 
@@ -272,6 +286,7 @@ class EngineThread:
                 self._loop.call_soon_threadsafe(self._deliver, pieces)
         self._beat_s = now_s = time.monotonic()
         if not self._engine.unfinished or now_s - self._looked_s > LOOK_S:
+            self._end_late(now_s)
             self.stats, self._looked_s = self._engine.stats(), now_s
 
     def _take_orders(self) -> None:
@@ -306,14 +321,16 @@ class EngineThread:
         self._loop.call_soon_threadsafe(_settle, done, scores, None)
         return "worked"
 
-    def _admit(self, answers: tuple[Answer, ...], mailbox: Mailbox, admitted: asyncio.Future[None]) -> Outcome:
+    def _admit(
+        self, answers: tuple[Answer, ...], mailbox: Mailbox, came_s: float, admitted: asyncio.Future[None]
+    ) -> Outcome:
         if admitted.done():  # taken back before it was its turn
             return "done"
         error: ApiError | None = None
         try:
             for index, answer in enumerate(answers):
                 self._engine.add(answer.request)
-                self._lines[answer.request.id] = _Line(answer, mailbox, index)
+                self._lines[answer.request.id] = _Line(answer, mailbox, index, came_s)
         except QueueFull as full:
             error = unavailable(str(full), "queue_full", "queue_full")
         except ValueError as refused:
@@ -327,6 +344,18 @@ class EngineThread:
         for request_id in ids:
             if self._lines.pop(request_id, None) is not None:
                 self._engine.abort(request_id)
+
+    def _end_late(self, now_s: float) -> None:
+        """End the requests of which a choice has waited too long in line; one that was preempted had its turn."""
+        running = {entry.id for entry in self._engine.scheduler.running}
+        late = {
+            line.mailbox
+            for key, line in self._lines.items()
+            if now_s - line.came_s > self._queue_timeout_s and not line.sent and key not in running
+        }
+        for mailbox in late:
+            self._abort([key for key, line in self._lines.items() if line.mailbox is mailbox])
+            self._loop.call_soon_threadsafe(mailbox.fail, _waited(self._queue_timeout_s))
 
     def _piece(self, progress: Progress) -> tuple[Mailbox, int, Piece]:
         line = self._lines[progress.request_id]
@@ -344,6 +373,10 @@ def _next_of(orders: "queue.SimpleQueue[Order]", timeout_s: float) -> Order | No
         return orders.get(timeout_s > 0, timeout_s)
     except queue.Empty:
         return None
+
+
+def _waited(timeout_s: float) -> ApiError:
+    return unavailable(f"the request waited {timeout_s:g} s for its turn: try again", "queue_timeout", "queue_timeout")
 
 
 def _nothing() -> Outcome:

@@ -30,13 +30,17 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """200 once requests are taken: compiled, one token generated, not shutting down."""
-    engine = service_of(request).engine
+    """200 once requests are taken, while the engine's loop turns: compiled, one token generated, not shutting down."""
+    service = service_of(request)
+    engine = service.engine
     body: dict[str, str | bool] = {"ready": True, "phase": engine.phase}
     try:
         engine.require_serving()
     except ApiError as error:
         body |= {"ready": False, "reason": error.message}
+    age_s = engine.beat_age_s
+    if body["ready"] is True and age_s > service.config.stall_timeout_s:
+        body |= {"ready": False, "reason": f"the engine took no turn for {age_s:.0f} s: try another server"}
     serving = body["ready"] is True
     return Response(msgspec.json.encode(body), 200 if serving else 503, _retry(serving), "application/json")
 

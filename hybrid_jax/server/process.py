@@ -121,7 +121,7 @@ class Process:
     def _opened(self, llm: LLM) -> None:
         if self._draining is not None:
             return
-        engine = EngineThread(llm, self._loop, self._close)
+        engine = EngineThread(llm, self._loop, self._close, self._config.queue_timeout_s)
         self._engine = engine
         self._metrics.watch(lambda: engine.stats)
         self._front.app = build_app(Service(llm, engine, self._config, self._metrics))

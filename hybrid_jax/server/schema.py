@@ -9,8 +9,10 @@ import re
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from hybrid_jax.server.errors import bad_request
+from hybrid_jax.server.settings import JSON_LEVELS
 
 IGNORED = {"user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier", "store"}
 CONSTRAINT = re.compile(
@@ -139,6 +141,9 @@ class DetokenizeBody(msgspec.Struct, kw_only=True):
 
 def decode[Body: msgspec.Struct](body: bytes, kind: type[Body], strict: bool) -> tuple[Body, list[str]]:
     """The body, and the unknown fields that were ignored. Raises ApiError 400, which names the field."""
+    levels = json_levels(body)
+    if levels > JSON_LEVELS:
+        raise bad_request(f"wanted JSON of at most {JSON_LEVELS} levels, got {levels}: flatten it", code="invalid_json")
     try:
         sent = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         known = set(kind.__struct_fields__)
@@ -151,6 +156,17 @@ def decode[Body: msgspec.Struct](body: bytes, kind: type[Body], strict: bool) ->
         raise bad_request(str(error)[:500], path[1] if path else None, "invalid_type") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise bad_request(f"wanted a JSON object, got {str(error)[:200]}", code="invalid_json") from None
+
+
+def json_levels(body: bytes) -> int:
+    """Most lists and objects that lie within each other in JSON, without recursion; anything for what is no JSON."""
+    opened = body.count(b"[") + body.count(b"{")
+    if opened <= JSON_LEVELS:
+        return opened  # at most; the rest is worth its time only for bodies that could be too deep
+    unescaped = body.replace(rb"\\", b"").replace(rb"\"", b"")  # from here on each quote begins or ends a text
+    outside = np.frombuffer(b"".join(unescaped.split(b'"')[::2]), np.uint8)
+    turns = np.isin(outside, (ord("["), ord("{"))).astype(np.int8) - np.isin(outside, (ord("]"), ord("}")))
+    return int(np.cumsum(turns, dtype=np.int32).max(initial=0))
 
 
 def _refuse(name: str, raw: msgspec.Raw, known: set[str], strict: bool) -> None:

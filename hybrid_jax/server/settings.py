@@ -9,12 +9,14 @@ BODY_IDLE_S = 30.0
 HEAD_S = 10.0  # for all of the head of a request
 HEADER_BYTES = 64 * 2**10  # of all of a request's, as they are sent
 HEADERS = 100
+JSON_LEVELS = 128  # of lists and objects within each other in a body
 PROMPTS = 128
 MESSAGES = 4096
 TOOLS = 128
 CHOICES = 128
 CHARACTERS_PER_TOKEN = 16  # a text longer than this many times the context is refused before it is tokenized
 KEEP_ALIVE_S = 15.0
+QUEUE_TIMEOUT_S = 600.0
 SLOW_CLIENT_S = 60.0  # for a client to make room for what it is to be sent
 
 
@@ -26,6 +28,7 @@ class ServerConfig:
     shutdown_timeout_s: running requests may finish for so long after SIGTERM.
     stall_timeout_s: `/health` fails when the engine took no turn for so long.
     watchdog_timeout_s: the process ends with exit code 1 when the engine took no turn for so long.
+    queue_timeout_s: a request that waited so long for its turn ends with a 503.
     strict_fields: unknown fields are refused even where they could not change an answer.
     """
 
@@ -37,13 +40,14 @@ class ServerConfig:
     stall_timeout_s: float = 60.0
     watchdog_timeout_s: float = 300.0
     strict_fields: bool = False
+    queue_timeout_s: float = QUEUE_TIMEOUT_S
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
             raise ValueError(f"wanted port from 0 to 65535, got {self.port}: take 8000, or 0 for a free one")
         if any(not key or not key.isascii() or key != key.strip() for key in self.api_keys):
             raise ValueError("wanted API keys of ASCII characters without spaces around, got another: make a new key")
-        for name in ("shutdown_timeout_s", "stall_timeout_s", "watchdog_timeout_s"):
+        for name in ("shutdown_timeout_s", "stall_timeout_s", "watchdog_timeout_s", "queue_timeout_s"):
             if not 0 <= getattr(self, name) < 1e9:
                 raise ValueError(f"wanted {name} of at least 0, got {getattr(self, name)}: set seconds")
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from hybrid_jax import cli
+from hybrid_jax.server import process
 from tests.models.reference import FOLDER
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -82,3 +84,24 @@ def test_verify_and_inspect_take_the_demo():
 def test_bad_input_is_one_message_and_exit_code_2(arguments, message):
     done = run(*arguments)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_generate_hands_on_what_weights_become(monkeypatch):
+    asked = {}
+
+    def opened(*_, **settings):
+        asked.update(settings)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(cli, "LLM", opened)
+    with pytest.raises(ValueError, match="enough"):
+        cli.generate("demo", prompt="x", quantization="int8")
+    assert asked["quantization"] == "int8"
+
+
+def test_serve_hands_on_how_long_a_request_may_wait(monkeypatch):
+    found = []
+    monkeypatch.setattr(process, "serve", lambda _, config: found.append(config))
+    with pytest.raises(SystemExit):
+        cli.serve("demo", queue_timeout_s=7.0)
+    assert found[0].queue_timeout_s == 7.0

@@ -115,6 +115,7 @@ def load_oracle(slow_s, step_s):
         eos_token_ids=EOS,
         default_params=SamplingParams(),
         tokenizer=Tokenizer.find(DEMO),
+        routing=types.SimpleNamespace(routes=(), parameters={}, token_bytes=0, request_bytes=0),
         engine=engine,
         stats=engine.stats,
         get_ready=lambda prompt_scores: None,
@@ -157,12 +158,14 @@ def main():
         ("stall", 60.0),
         ("watchdog", 300.0),
         ("slow_client", 60.0),
+        ("queue", 600.0),
     ):
         parser.add_argument(f"--{name}", type=float, default=default)
     given = parser.parse_args()
     connection.SLOW_CLIENT_S = connection.HEAD_S = given.slow_client
     socket.create_server = partial(create_narrow_server, socket.create_server)
-    config = ServerConfig(("demo",), "127.0.0.1", given.port, (), given.shutdown, given.stall, given.watchdog)
+    times = (given.shutdown, given.stall, given.watchdog)
+    config = ServerConfig(("demo",), "127.0.0.1", given.port, (), *times, queue_timeout_s=given.queue)
     loads = {
         "oracle": partial(load_oracle, LOADING_S if given.slow_load else 0.0, given.step),
         "demo": partial(load_demo, given.compiled),

@@ -79,19 +79,75 @@ def test_a_step_that_raises_ends_every_request_and_the_service():
     asyncio.run(story())
 
 
+def by_hand(llm, **options):
+    """A thread that serves but does not run: the test takes its turns."""
+    thread = EngineThread(llm, asyncio.get_running_loop(), lambda: None, **options)
+    thread.phase = "serving"
+    return thread
+
+
+async def admitted(thread, answers, mailbox):
+    adding = asyncio.create_task(thread.add(answers, mailbox))
+    await asyncio.sleep(0)
+    thread._take_orders()
+    await adding
+
+
 def test_a_request_of_which_a_part_finds_no_place_leaves_nothing_behind():
     async def story():
         llm = make_llm()
-        thread = EngineThread(llm, asyncio.get_running_loop(), lambda: None)
-        await serving(thread)
+        thread = by_hand(llm)
+        before, *answers = make_answers(3)
+        await admitted(thread, [before], Mailbox())
         with pytest.raises(ApiError) as caught:
-            await thread.add(make_answers(3), Mailbox())  # two may wait
-        assert caught.value.code == "queue_full" and thread.live == 0
-        with pytest.raises(ApiError) as never:
-            await thread.add(make_answers(5), Mailbox())
-        assert never.value.status == 400 and thread.live == 0
-        assert not llm.engine.unfinished
-        await asyncio.to_thread(thread.stop)
+            await admitted(thread, answers, Mailbox())  # two may wait
+        assert (caught.value.status, caught.value.code, thread.live) == (503, "queue_full", 1)
+        thread._take_orders()
+        assert len(llm.engine.scheduler.waiting) == 1
+
+    asyncio.run(story())
+
+
+def test_more_choices_than_can_ever_wait_together_are_a_400_and_as_many_are_taken():
+    async def story():
+        llm = make_llm()
+        thread = by_hand(llm)
+        with pytest.raises(ApiError, match=r"at most max_waiting=2 .*, got 3: lower n") as never:
+            await admitted(thread, make_answers(3), Mailbox())
+        assert (never.value.status, never.value.param, thread.live) == (400, "n", 0)
+        await admitted(thread, make_answers(2), Mailbox())
+        assert len(llm.engine.scheduler.waiting) == 2
+
+    asyncio.run(story())
+
+
+def test_who_waits_too_long_for_a_turn_ends_with_503_whole():
+    async def story():
+        llm, mailbox, answers = make_llm(), Mailbox(), make_answers(2)
+        thread = by_hand(llm, queue_timeout_s=50.0)
+        await admitted(thread, answers, mailbox)
+        came_s = thread._lines["r0"].came_s
+        thread._end_late(came_s + 50.0)
+        await asyncio.sleep(0)
+        assert not mailbox._filled.is_set() and len(llm.engine.scheduler.waiting) == 2
+        thread._end_late(came_s + 50.1)
+        with pytest.raises(ApiError) as caught:
+            await asyncio.wait_for(mailbox.take(), 5)
+        assert (caught.value.status, caught.value.code, caught.value.reason) == (503, *["queue_timeout"] * 2)
+        assert not llm.engine.unfinished and not thread._lines
+
+    asyncio.run(story())
+
+
+def test_an_order_that_is_not_taken_in_time_ends_with_503():
+    async def story():
+        thread = by_hand(make_llm(), queue_timeout_s=0.05)
+        for waiting in (thread.add(make_answers(1), Mailbox()), thread.score([1], 0)):
+            with pytest.raises(ApiError) as caught:
+                await waiting
+            assert (caught.value.status, caught.value.reason, thread.live) == (503, "queue_timeout", 0)
+        thread._take_orders()
+        assert not thread._lines
 
     asyncio.run(story())
 

@@ -235,3 +235,18 @@ def _listens(server):
         return server.get("/health").status_code > 0
     except httpx2.TransportError:
         return False
+
+
+@flags("--queue", "0.5", "--step", "0.05")
+def test_who_waits_too_long_for_a_turn_gets_a_503_and_the_others_go_on(oracle):
+    running = ask_all(oracle, [body(max_tokens=200) for _ in range(4)])
+    wait_until_running(oracle, 4)
+    whole, stream = ask_all(oracle, [body(), body(stream=True)])
+    refused = whole.result(20)
+    assert refused.status_code == 503 and refused.headers["retry-after"]
+    assert refused.json()["error"]["code"] == "queue_timeout"
+    assert '"queue_timeout"' in stream.result(20).text and "[DONE]" not in stream.result(20).text
+    assert [one.result(30).status_code for one in running] == [200] * 4
+    assert sorted(oracle.reasons(6)) == ["length"] * 4 + ["queue_timeout"] * 2
+    assert oracle.metric('hybrid_jax_requests_finished_total{reason="queue_timeout"}') == 2
+    oracle.wait_until_idle()

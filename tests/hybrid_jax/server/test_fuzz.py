@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hybrid_jax.server import answers
-from hybrid_jax.server.settings import BODY_BYTES, CHOICES, HEADER_BYTES, HEADERS, MESSAGES, PROMPTS
+from hybrid_jax.server.settings import BODY_BYTES, CHOICES, HEADER_BYTES, HEADERS, JSON_LEVELS, MESSAGES, PROMPTS
 from tests.hybrid_jax.server.live import KEY
 
 pytestmark = pytest.mark.slow
-CONTEXT = 256
+CONTEXT, WAITING = 256, 8  # as the server was started
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 FORMS = {
@@ -55,7 +55,7 @@ LIMITS = [  # a field, its values at the limit, its values one past it
     ),
     ("logprobs", [0, 20], [-1, 21]),
     ("max_tokens", [1], [0, -1, CONTEXT, 2**31, 10**30]),
-    ("n", [1], [0, -1, CHOICES + 1]),
+    ("n", [1, WAITING], [0, -1, WAITING + 1, CHOICES + 1]),
     ("cache_salt", ["s" * 128], ["s" * 129]),
     ("request_id", ["r" * 64], ["r" * 65, "", "a b"]),
     (
@@ -89,6 +89,10 @@ def test_sizes_of_bodies_messages_and_heads(live):
     assert checked(CHAT, live.post(CHAT, {"messages": [said] * (MESSAGES + 1)})) == 400
     deep = b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}"
     assert checked(COMPLETIONS, httpx2.post(live.url + COMPLETIONS, content=deep, headers=key, timeout=60)) == 400
+    for levels, status in ((JSON_LEVELS, 200), (JSON_LEVELS + 1, 400)):  # the object is one of them
+        field = {"prompt": [1], "max_tokens": 1, "user": json.loads("[" * (levels - 1) + "]" * (levels - 1))}
+        answer = live.post(COMPLETIONS, field)
+        assert checked(COMPLETIONS, answer) == status
     assert live.get("/health").status_code == 200
 
 
