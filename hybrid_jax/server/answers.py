@@ -3,9 +3,11 @@
 Fields with a default may be missing. Knows nothing of how answers are made.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
+
+from hybrid_jax.stats import Units
 
 FinishReason = str | None  # stop, length, tool_calls
 
@@ -213,3 +215,65 @@ class Cards(Form):
 
     object: Literal["list"]
     data: list[Card]
+
+
+class TokenizerInfo(Form):
+    """GET /tokenizer_info."""
+
+    eos_token: str | None
+    bos_token: str | None
+    pad_token: str | None
+    chat_template: str | None
+
+
+class Versions(Form):
+    """GET /version."""
+
+    version: str
+    jax: str
+
+
+class Health(Form):
+    """GET /health, fine or not."""
+
+    status: Literal["ok", "failing"]
+    phase: Literal["loading", "compiling", "serving", "draining", "dead"]
+    running: int
+    waiting: int
+    last_turn_age_s: float
+    compiling: bool
+
+
+class Ready(Form):
+    """GET /ready, fine or not. reason: why not."""
+
+    ready: bool
+    phase: Literal["loading", "compiling", "serving", "draining", "dead"]
+    reason: str | None = None
+
+
+class PrefixHits(Form):
+    """In tokens, since the start."""
+
+    looked_up_tokens: int
+    hit_tokens: int
+
+
+class EngineView(Form):
+    """GET /engine. routing: the layers, each with its kind and kernel."""
+
+    model: str
+    max_model_len: int
+    phase: str
+    running: int
+    waiting: int
+    pages: Units
+    slots: Units
+    prefix_cache: PrefixHits
+    generated_tokens: int
+    prompt_tokens: int
+    steps: int
+    step_s: float
+    preemptions: int
+    compilations_after_ready: int
+    routing: dict[str, Any]

@@ -12,7 +12,8 @@ from starlette.responses import Response
 from hybrid_jax.server import answers, schema
 
 JSON, EVENTS = "application/json", "text/event-stream"
-REFUSALS = (400, 401, 408, 413, 415, 500, 503)  # of routes with a body
+ALWAYS = (400, 405, 431, 500)  # a Host from elsewhere, a method, headers, a failure inside
+OF_BODIES = (404, 408, 413, 415)  # 404: the model that it names
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,12 @@ class Operation:
     event: type[msgspec.Struct] | None = None
     media: str = JSON
     needs_key: bool = True
+    failing: type[msgspec.Struct] = answers.Error  # what comes with 503
 
     @property
     def types(self) -> list[type[msgspec.Struct]]:
         """All that it names."""
-        return [one for one in (self.body, self.answer, self.event) if one is not None]
+        return [one for one in (self.body, self.answer, self.event, self.failing) if one is not None]
 
 
 OPERATIONS = (
@@ -47,14 +49,24 @@ OPERATIONS = (
     Operation("get", "/v1/models/{name}", "One of them", answer=answers.Card),
     Operation("post", "/tokenize", "Token ids of a prompt or of messages", schema.TokenizeBody, answers.Tokens),
     Operation("post", "/detokenize", "The text of token ids", schema.DetokenizeBody, answers.Text),
-    Operation("get", "/tokenizer_info", "Special tokens and the chat template"),
-    Operation("get", "/engine", "What the engine does now, and the routing of the layers"),
-    Operation("get", "/version", "Of the server and of JAX"),
+    Operation("get", "/tokenizer_info", "Special tokens and the chat template", answer=answers.TokenizerInfo),
+    Operation("get", "/engine", "What the engine does now, and the routing of the layers", answer=answers.EngineView),
+    Operation("get", "/version", "Of the server and of JAX", answer=answers.Versions),
     Operation("get", "/openapi.json", "This document"),
     Operation("get", "/metrics", "Prometheus' text", media="text/plain"),
     Operation("get", "/", "The page", media="text/html", needs_key=False),
-    Operation("get", "/health", "Whether the engine's loop turns", needs_key=False),
-    Operation("get", "/ready", "Whether requests are taken", needs_key=False),
+    Operation(
+        *("get", "/health", "Whether the engine's loop turns"),
+        answer=answers.Health,
+        failing=answers.Health,
+        needs_key=False,
+    ),
+    Operation(
+        *("get", "/ready", "Whether requests are taken"),
+        answer=answers.Ready,
+        failing=answers.Ready,
+        needs_key=False,
+    ),
 )
 
 
@@ -100,9 +112,18 @@ def _described(operation: Operation) -> dict[str, Any]:
 
 
 def _refusals(operation: Operation) -> dict[str, Any]:
-    statuses = (*REFUSALS, 404) if operation.body is not None else (400, 401, 404, 503)
-    refused = {"description": "Refused or failed", "content": {JSON: {"schema": _schema(answers.Error)}}}
-    return {str(status): refused for status in sorted(statuses)}
+    statuses = {*ALWAYS, 503}
+    if operation.body is not None:
+        statuses |= {*OF_BODIES}
+    if operation.needs_key:
+        statuses.add(401)
+    if "{name}" in operation.path:
+        statuses.add(404)
+    return {str(status): _refused(answers.Error if status != 503 else operation.failing) for status in sorted(statuses)}
+
+
+def _refused(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    return {"description": "Refused or failed", "content": {JSON: {"schema": _schema(kind)}}}
 
 
 def _schema(kind: type[msgspec.Struct] | None) -> dict[str, str]:

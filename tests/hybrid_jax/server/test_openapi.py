@@ -10,7 +10,8 @@ from hybrid_jax.server.app import ROUTES
 from hybrid_jax.server.errors import ApiError
 from hybrid_jax.server.gate import OPEN_PATHS
 from hybrid_jax.server.openapi import document
-from hybrid_jax.server.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, decode
+from hybrid_jax.server.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, decode, json_levels
+from hybrid_jax.server.settings import JSON_LEVELS
 
 BODIES = (ChatBody, CompletionBody, DetokenizeBody, TokenizeBody)
 DOCUMENT = document()
@@ -70,3 +71,43 @@ def test_any_bytes_decode_or_are_a_400(body):
             decode(body, kind, strict=True)
         except ApiError as error:
             assert error.status == 400
+
+
+def depth(value):
+    match value:
+        case list():
+            return 1 + max(map(depth, value), default=0)
+        case dict():
+            return 1 + max(map(depth, value.values()), default=0)
+    return 0
+
+
+NESTED = st.recursive(
+    st.text('a"\\[]{}', max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('"\\[{', max_size=2), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(NESTED)
+def test_levels_are_counted_outside_of_texts(value):
+    wide = [value, [[]] * JSON_LEVELS]  # so that the count of brackets alone does not settle it
+    assert json_levels(msgspec.json.encode(wide)) == depth(wide)
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_one_level_too_many_is_refused_before_it_is_read(kind):
+    for levels in (JSON_LEVELS + 1, 2**20):
+        with pytest.raises(ApiError, match=f"at most {JSON_LEVELS} levels, got {levels}") as caught:
+            decode(b'{"user":' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}", kind, strict=False)
+        assert caught.value.status == 400
+
+
+def test_every_route_states_its_answer_and_its_refusals():
+    for path, methods in DOCUMENT["paths"].items():
+        for operation in methods.values():
+            for status, stated in operation["responses"].items():
+                for media, content in stated["content"].items():
+                    assert media in ("text/plain", "text/html") or content["schema"] or path == "/openapi.json", status
+            assert {"200", "400", "405", "500", "503"} <= set(operation["responses"])
