@@ -327,9 +327,13 @@ def _ladders(routing: Routing, sizes: RunnerSizes, chooses_experts: bool) -> Lad
     experts, whose weights would be read for nothing.
     """
     gathers = any(keeps_pages(route) and route.backend == "xla" for route in routing.routes)
-    gpu = jax.default_backend() == "gpu"
+    gpu = _is_gpu()
     least_rows = 2 if gpu and not chooses_experts else 1
     return make_ladders(sizes.rows, sizes.step_tokens, sizes.row_pages, not gathers, gpu, least_rows)
+
+
+def _is_gpu() -> bool:
+    return jax.default_backend() == "gpu"
 
 
 def _chooses_experts(state: nnx.State) -> bool:

@@ -6,6 +6,7 @@ import jax
 import pytest
 from flax import nnx
 
+from hybrid_jax import runner as runner_module
 from hybrid_jax.buckets import Bucket
 from hybrid_jax.routing import route_model
 from hybrid_jax.runner import Runner, RunnerSizes
@@ -112,6 +113,6 @@ def test_the_tables_are_not_copied_in_a_step(compiled):
 @pytest.mark.parametrize(("name", "rows"), [("qwen3_5", 2), ("qwen3_5_moe", 1)])
 def test_on_a_gpu_a_loop_without_experts_has_two_rows_at_least(monkeypatch, name, rows):
     model = Fixture(name).load()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(runner_module, "_is_gpu", lambda: True)
     ladders = Runner(model, route_model(model), SIZES, [0], "highest").ladders
     assert ladders.decode_rows[0] == rows and ladders.likeliest

@@ -149,8 +149,8 @@ def test_bfloat16_stays_near_float32(fixture_llm):
 
 
 @pytest.mark.slow
-def test_programs_that_meet_no_branch_give_the_same_tokens(fixture_llm, monkeypatch):
-    """Those of a device that waits at branches, which looks only now and then whether any row still runs."""
+def test_programs_for_a_gpu_give_the_same_tokens(fixture_llm, monkeypatch):
+    """Loops of the likeliest tokens that meet no branch, and loops of two rows at least, with one in use at the end."""
     prompts = [[1, 2, 3], [4]]
     ends = (
         fixture_llm.generate([4], SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))[0].outputs[0].token_ids
@@ -161,12 +161,12 @@ def test_programs_that_meet_no_branch_give_the_same_tokens(fixture_llm, monkeypa
     ]
     drawn = [SamplingParams(temperature=0.7, seed=3, max_tokens=6), *params[1:]]
     wanted = [fixture_llm.generate(prompts, each) for each in (params, drawn)]
-    monkeypatch.setattr(runner, "_waits_at_branches", lambda: True)
+    monkeypatch.setattr(runner, "_is_gpu", lambda: True)
     llm = LLM(FOLDER / "qwen3_5", "float32", max_model_len=128, max_num_seqs=2, page_size=16, decode_steps=6)
     got = [llm.generate(prompts, each) for each in (params, drawn)]
     assert [[a.outputs[0].token_ids for a in g] for g in got] == [[a.outputs[0].token_ids for a in w] for w in wanted]
     used = [use for use in llm.stats().buckets if not use.tokens and use.steps]
-    assert {use.likeliest for use in used} == {True, False}
+    assert {use.likeliest for use in used} == {True, False} and {use.rows for use in used} == {2}
 
 
 def test_a_model_without_tokenizer_takes_token_lists(fixture_llm):
