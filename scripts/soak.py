@@ -24,9 +24,10 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from urllib.error import URLError
@@ -37,15 +38,14 @@ from hybrid_jax.llm import LLM
 from hybrid_jax.request import SamplingParams, make_request
 
 PROMPT_TOKENS = (4, 160)
-OUTPUT_TOKENS = (4, 64)
+LEAST_TOKENS = 4  # of an answer
+TOP_P = 0.9  # said in every request: what is unset would be the checkpoint's to the server, and off to the engine alone
 VOCABULARY = 8000  # ids that every model has
 LEAVING = 0.02  # of the clients go in the middle of their answer
 CANARY = {"prompt": "Once upon a time there was a fox who", "max_tokens": 40, "temperature": 0, "priority": -1}
 CANARY_EACH_S = 10.0
-READY_S = 900.0
-GROWTH = 0.02  # of memory between the second quarter of the time and the last
+READY_S = 2400.0
 WARM_UP = 0.2  # of the time, before tokens a second are counted
-
 
 Made = tuple[float, float, float]
 
@@ -63,8 +63,15 @@ class Ask:
     def body(self) -> bytes:
         """As JSON."""
         fields = {"prompt": self.prompt, "max_tokens": self.tokens, "temperature": self.temperature, "seed": self.seed}
+        fields |= {"top_p": TOP_P, "top_k": 0, "min_p": 0.0}
         stream = {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
         return json.dumps(fields | stream).encode()
+
+    def params(self) -> SamplingParams:
+        """The same for the engine."""
+        return SamplingParams(
+            temperature=self.temperature, top_p=TOP_P, seed=self.seed, max_tokens=self.tokens, ignore_eos=True
+        )
 
 
 @dataclass
@@ -84,13 +91,20 @@ class Seen:
     made: list[Made] = field(default_factory=list)
 
 
-def draw_ask(chance: random.Random) -> Ask:
+Draw = Callable[[], Ask]  # the next request of one stream
+
+
+def draw_ask(chance: random.Random, most_tokens: int) -> Ask:
     """A request of any length."""
     prompt = tuple(chance.randrange(VOCABULARY) for _ in range(chance.randint(*PROMPT_TOKENS)))
-    warm = chance.random() < 0.5
-    return Ask(
-        prompt, chance.randint(*OUTPUT_TOKENS), 0.8 if warm else 0.0, chance.getrandbits(32), chance.random() < LEAVING
-    )
+    temperature = 0.8 if chance.random() < 0.5 else 0.0
+    tokens = chance.randint(LEAST_TOKENS, most_tokens)
+    return Ask(prompt, tokens, temperature, chance.getrandbits(32), chance.random() < LEAVING)
+
+
+def draws_of(streams: int, most_tokens: int) -> list[Draw]:
+    """For each stream its own requests, the same whoever answers them."""
+    return [partial(draw_ask, random.Random(index), most_tokens) for index in range(streams)]
 
 
 # ---------------------------------------------------------------------------------------------------------- the server
@@ -208,11 +222,11 @@ async def ask_once(port: int, ask: Ask, seen: Seen) -> None:
         seen.errors.append(f"a stream of {ask.tokens} tokens ended with {answer[-300:]!r}")
 
 
-async def keep_asking(port: int, chance: random.Random, end_s: float, seen: Seen) -> None:
+async def keep_asking(port: int, draw: Draw, end_s: float, seen: Seen) -> None:
     """One stream after another."""
     while time.monotonic() < end_s:
         try:
-            await ask_once(port, draw_ask(chance), seen)
+            await ask_once(port, draw(), seen)
         except OSError as error:
             seen.errors.append(f"a connection broke: {error!r}")
 
@@ -240,11 +254,11 @@ async def keep_asking_canary(port: int, end_s: float, seen: Seen) -> None:
         await asyncio.sleep(CANARY_EACH_S)
 
 
-async def load(server: Server, streams: int, seconds: float) -> Seen:
+async def load(server: Server, draws: Sequence[Draw], seconds: float) -> Seen:
     """All clients until the time is over and their last answers are whole."""
     seen = Seen(canaries=[await ask_canary(server.port)])
     end_s = time.monotonic() + seconds
-    clients = [keep_asking(server.port, random.Random(index), end_s, seen) for index in range(streams)]
+    clients = [keep_asking(server.port, draw, end_s, seen) for draw in draws]
     await asyncio.gather(*clients, look(server, end_s, seen), keep_asking_canary(server.port, end_s, seen))
     seen.canaries.append(await ask_canary(server.port))
     return seen
@@ -253,43 +267,40 @@ async def load(server: Server, streams: int, seconds: float) -> Seen:
 # ---------------------------------------------------------------------------------------------------- the engine alone
 
 
-def run_alone(llm: LLM, streams: int, seconds: float) -> Rate:
+def run_alone(llm: LLM, draws: Sequence[Draw], seconds: float) -> Rate:
     """The rate of the same requests, as many at once, through the engine and the detokenizer alone."""
-    chances = [random.Random(index) for index in range(streams)]
-    answers: dict[str, tuple[Answer, random.Random]] = {}
-    for chance in chances:
-        _add(llm, chance, answers)
+    answers: dict[str, tuple[Answer, Draw]] = {}
+    for draw in draws:
+        _add(llm, draw, answers)
     made, tokens, end_s = list[Made](), 0, time.monotonic() + seconds
     while time.monotonic() < end_s:
         for progress in llm.engine.step():
             tokens += len(progress.token_ids)
-            answer, chance = answers[progress.request_id]
+            answer, draw = answers[progress.request_id]
             answer.push(progress)
             answer.take_text()
             if answer.finish_reason is not None:
                 del answers[progress.request_id]
-                _add(llm, chance, answers)
+                _add(llm, draw, answers)
         made.append((time.monotonic(), tokens, time.process_time()))
     return rate(made)
 
 
-def _add(llm: LLM, chance: random.Random, answers: dict[str, tuple[Answer, random.Random]]) -> None:
-    ask = draw_ask(chance)
-    params = SamplingParams(temperature=ask.temperature, seed=ask.seed, max_tokens=ask.tokens, ignore_eos=True)
-    name = f"r{chance.getrandbits(64)}"
-    llm.engine.add(request := make_request(name, ask.prompt, params, llm.max_model_len))
-    answers[name] = Answer(request, None, llm.tokenizer), chance
+def _add(llm: LLM, draw: Draw, answers: dict[str, tuple[Answer, Draw]]) -> None:
+    ask = draw()
+    llm.engine.add(request := make_request(f"r{ask.seed}", ask.prompt, ask.params(), llm.max_model_len))
+    answers[request.id] = Answer(request, None, llm.tokenizer), draw
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
-def check(server: Server, seen: Seen) -> list[str]:
-    """What does not hold, in words. Ends the server."""
+def check(server: Server, seen: Seen, growth: float) -> list[str]:
+    """What does not hold, in words. Ends the server. growth: most of memory, from the second quarter to the last."""
     found = [f"{len(seen.errors)} errors, the first: {seen.errors[0]}"] if seen.errors else []
     quarter = max(len(seen.sizes_bytes) // 4, 1)
     before, after = mean(seen.sizes_bytes[quarter : 2 * quarter]), mean(seen.sizes_bytes[-quarter:])
-    if after > before * (1 + GROWTH):
+    if after > before * (1 + growth):
         found.append(f"memory grew from {before / 2**20:.1f} to {after / 2**20:.1f} MiB")
     if max(seen.files[-quarter:]) > max(seen.files[quarter : 2 * quarter]) + 2:
         found.append(f"open files grew: {seen.files[quarter]} to {seen.files[-1]}")
@@ -316,34 +327,33 @@ def check_log(log: str, seen: Seen) -> list[str]:
     return [] if seen.errors or (kept and even) else [f"the log has {got}, the clients saw {wanted}"]
 
 
+def compare(served: Rate, ratio: float) -> list[str]:
+    """Print the rates of the server and of the engine alone; whether the server's is too low, in words."""
+    command = [sys.executable, __file__, "--alone", *sys.argv[1:]]
+    engine = Rate(*map(float, subprocess.check_output(command).split()[-2:]))
+    share, cpu_share = served.a_second / engine.a_second, served.a_cpu_second / engine.a_cpu_second
+    print(f"tokens/s: served {served.a_second:.1f}, engine alone {engine.a_second:.1f}, ratio {share:.3f}")
+    print(f"of a processor: {served.a_cpu_second:.1f}, {engine.a_cpu_second:.1f}, ratio {cpu_share:.3f}")
+    return [] if share >= ratio else [f"the server makes {share:.1%} of the tokens a second of the engine alone"]
+
+
 def soak(given: argparse.Namespace, flags: list[str]) -> int:
     """Run everything; the exit code."""
     with serving(given.model, flags) as server:
         clients_s, server_s, begin_s = time.process_time(), server.cpu_s(), time.monotonic()
-        seen = asyncio.run(load(server, given.streams, given.minutes * 60))
+        seen = asyncio.run(load(server, draws_of(given.streams, given.most_tokens), given.minutes * 60))
         seconds = time.monotonic() - begin_s
         shares = [(time.process_time() - clients_s) / seconds, (server.cpu_s() - server_s) / seconds]
         asyncio.run(asyncio.sleep(2))
-        problems = check(server, seen)
-    served = rate(seen.made)
-    alone = subprocess.run([sys.executable, __file__, "--alone", *sys.argv[1:]], check=True, stdout=subprocess.PIPE)
-    engine = Rate(*map(float, alone.stdout.split()[-2:]))
-    share, cpu_share = served.a_second / engine.a_second, served.a_cpu_second / engine.a_cpu_second
-    if share < given.ratio:
-        problems.append(f"the server makes {share:.1%} of the tokens a second of the engine alone")
-    sizes = [
-        size / 2**20
-        for size in (seen.sizes_bytes[len(seen.sizes_bytes) // 4], max(seen.sizes_bytes), seen.sizes_bytes[-1])
-    ]
-    print(
-        f"{given.streams} streams for {seconds:.0f} s: {seen.whole} whole, {seen.left} left, {len(seen.errors)} errors"
-    )
-    print(f"tokens/s: served {served.a_second:.1f}, engine alone {engine.a_second:.1f}, ratio {share:.3f}")
-    per_cpu = f"served {served.a_cpu_second:.1f}, engine alone {engine.a_cpu_second:.1f}, ratio {cpu_share:.3f}"
-    print(f"tokens a second of a processor: {per_cpu}")
+        problems = check(server, seen, given.growth)
+    sizes_bytes = seen.sizes_bytes[len(seen.sizes_bytes) // 4], max(seen.sizes_bytes), seen.sizes_bytes[-1]
+    ended = f"{seen.whole} whole, {seen.left} left, {len(seen.errors)} errors"
+    print(f"{given.streams} streams for {seconds:.0f} s: {ended}")
     print(f"processors: clients {shares[0]:.2f}, server {shares[1]:.2f} of {os.cpu_count()}")
-    print("memory in MiB after a quarter, most, at the end: " + ", ".join(f"{size:.1f}" for size in sizes))
+    print("memory in MiB after a quarter, most, at the end: " + ", ".join(f"{b / 2**20:.1f}" for b in sizes_bytes))
     print(f"fixed prompt asked {len(seen.canaries)} times, {len(set(seen.canaries))} answer; files {seen.files[-1]}")
+    if given.alone_minutes:
+        problems += compare(rate(seen.made), given.ratio)
     print("all holds" if not problems else "DOES NOT HOLD:\n" + "\n".join(problems))
     return int(bool(problems))
 
@@ -353,13 +363,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--streams", type=int, default=200)
+    parser.add_argument("--most-tokens", type=int, default=64, help="of an answer")
     parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--alone-minutes", type=float, default=0.5, help="of the engine without a server")
+    parser.add_argument("--alone-minutes", type=float, default=0.5, help="of the engine alone; 0 leaves it out")
     parser.add_argument("--max-num-seqs", type=int, default=16, help="requests that run at once")
     parser.add_argument("--max-model-len", type=int, default=320)
     parser.add_argument("--max-num-batched-tokens", type=int, default=256)
     parser.add_argument("--decode-steps", type=int, default=EngineConfig.decode_steps)
     parser.add_argument("--ratio", type=float, default=0.9, help="least tokens a second, of those of the engine alone")
+    parser.add_argument("--growth", type=float, default=0.02, help="most of memory since the second quarter")
     parser.add_argument("--compilation-cache", help="folder of compiled programs")
     parser.add_argument("--alone", action="store_true", help="only the engine without a server")
     given = parser.parse_args()
@@ -374,7 +386,7 @@ def main() -> None:
             compilation_cache=given.compilation_cache,
         )
         llm.get_ready()
-        alone = run_alone(llm, given.streams, given.alone_minutes * 60)
+        alone = run_alone(llm, draws_of(given.streams, given.most_tokens), given.alone_minutes * 60)
         print(alone.a_second, alone.a_cpu_second)
         return
     flags = ["--dtype", "float32"]
