@@ -19,7 +19,7 @@ from hybrid_jax.server.reply import Reply
 from hybrid_jax.server.schema import ChatBody
 from hybrid_jax.server.service import Service, record_of, service_of
 from hybrid_jax.server.spelled import chat_logprobs
-from hybrid_jax.server.stream import EventStream, pieces_or_silence, while_connected
+from hybrid_jax.server.stream import EventStream, pieces_or_silence, start, while_connected
 from hybrid_jax.server.structured import GrammarText, read_grammar
 from hybrid_jax.server.tools import Tools, read_tools
 
@@ -41,7 +41,7 @@ async def chat(request: Request) -> Response:
     spelled_ids = Reply(service, reading).spelled_ids
     generation = Generation(service, record_of(request), [prompt], params, body, constrain, spelled_ids)
     replies = [Reply(service, reading) for _ in generation.choices]
-    await while_connected(request.receive, generation.start())
+    await start(request.receive, generation)
     if body.stream:
         return EventStream(generation, partial(_events, name=name, body=body, replies=replies))
     try:

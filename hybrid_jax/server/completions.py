@@ -18,7 +18,7 @@ from hybrid_jax.server.schema import CompletionBody
 from hybrid_jax.server.service import Service, record_of, service_of
 from hybrid_jax.server.settings import CHARACTERS_PER_TOKEN, PROMPTS
 from hybrid_jax.server.spelled import completion_logprobs, prompt_logprobs
-from hybrid_jax.server.stream import EventStream, pieces_or_silence, while_connected
+from hybrid_jax.server.stream import EventStream, pieces_or_silence, start, while_connected
 from hybrid_jax.server.structured import read_grammar
 
 
@@ -39,7 +39,7 @@ async def complete(request: Request) -> Response:
     if nothing:
         generation.skip()
     else:
-        await while_connected(request.receive, generation.start())
+        await start(request.receive, generation)
     if body.stream:
         return EventStream(generation, partial(_events, name=name, body=body, echoes=echoes))
     try:

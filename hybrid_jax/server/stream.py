@@ -34,6 +34,15 @@ async def while_connected[Result](receive: Receive, work: Awaitable[Result]) -> 
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
+async def start(receive: Receive, generation: Generation) -> None:
+    """Hand a generation to the engine; whoever calls must close it from then on. Raises ClientGone."""
+    try:
+        await while_connected(receive, generation.start())
+    except BaseException:
+        generation.close()  # this task may be cancelled when the engine has it already
+        raise
+
+
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

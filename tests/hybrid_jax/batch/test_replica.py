@@ -2,15 +2,20 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+import math
+import threading
+from collections.abc import Awaitable, Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from hybrid_jax.answer import Answer
 from hybrid_jax.batch.replica import Answered, Broken, EngineReplica
 from hybrid_jax.engine import Engine
 from hybrid_jax.request import SamplingParams
+from hybrid_jax.server.engine_thread import EngineThread, Mailbox
+from hybrid_jax.step import Progress
 from tests.hybrid_jax.oracle_device import OracleDevice, Setup, check_balance, make_engine
 
 
@@ -57,6 +62,14 @@ def test_lines_are_answered_as_the_server_answers_them() -> None:
             assert answered.status == 200 and found["model"] == "model" and found["object"] == "text_completion"
             assert found["usage"]["completion_tokens"] == 5 and found["usage"]["prompt_tokens"] == 3
         assert replica.stalled_s < 30
+
+    with_replica(Setup(), story)
+
+
+def test_a_line_waits_for_its_turn_as_long_as_it_takes() -> None:
+    async def story(replica: EngineReplica, engine: Engine, device: OracleDevice) -> None:
+        assert replica._engine is not None and replica._engine._queue_timeout_s == math.inf
+        assert (await replica.answer("/v1/completions", body_of(1))).status == 200
 
     with_replica(Setup(), story)
 
@@ -110,16 +123,36 @@ def test_a_broken_engine_is_told_apart_and_starts_again(monkeypatch: pytest.Monk
     with_replica(Setup(), story)
 
 
-def test_a_line_that_is_taken_back_leaves_the_engine() -> None:
+@pytest.mark.parametrize("when", ["running", "just handed over"])
+def test_a_line_that_is_taken_back_leaves_the_engine(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story(replica: EngineReplica, engine: Engine, device: OracleDevice) -> None:
+        taken_back, step, add = threading.Event(), engine.step, EngineThread.add
+
+        def first_step_waits() -> list[Progress]:
+            assert taken_back.wait(60)
+            return step()
+
+        async def add_then_cancel(self: EngineThread, answers: Sequence[Answer], mailbox: Mailbox) -> None:
+            await add(self, answers, mailbox)
+            task.cancel()
+
+        monkeypatch.setattr(engine, "step", first_step_waits)
+        if when == "just handed over":
+            monkeypatch.setattr(EngineThread, "add", add_then_cancel)
         task = asyncio.ensure_future(replica.answer("/v1/completions", body_of(1, max_tokens=200)))
         while not engine.unfinished:
             await asyncio.sleep(0.001)
-        task.cancel()
+        if when == "running":
+            await asyncio.sleep(0.05)
+            task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        taken_back.set()
+        monkeypatch.setattr(EngineThread, "add", add)
         assert (await replica.answer("/v1/completions", body_of(2))).status == 200
         while engine.unfinished:
             await asyncio.sleep(0.001)
+        assert engine.stats().generated_tokens < 100
+        assert replica._engine is not None and replica._engine.live == 0
         check_balance(engine)
 
     with_replica(Setup(), story)
