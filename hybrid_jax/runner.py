@@ -29,7 +29,7 @@ from hybrid_jax.step import RowResult, RowStep, Step, StepResult
 from kernels_pallas.op import Content, RaggedBatch, check_batch, host_batch
 from models.decoder import Decoder
 
-# On a GPU a whole decode loop is one graph, with its branches and our own kernels: nothing waits for the host, and
+# On one GPU a whole decode loop is one graph, with its branches and our own kernels: nothing waits for the host, and
 # launches that do not need one another run side by side (docs/performance.md).
 COMPILER_OPTIONS = {
     "gpu": {

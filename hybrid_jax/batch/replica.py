@@ -4,6 +4,7 @@ A line means what the server means, since the server's own routes answer it, in 
 """
 
 import asyncio
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -75,7 +76,8 @@ class EngineReplica:
     async def start(self) -> None:
         """Compile every program, if that has not been done, and begin to take lines."""
         await self.stop()
-        engine = EngineThread(self._llm, asyncio.get_running_loop(), _nothing)
+        loop, as_long_as_it_takes = asyncio.get_running_loop(), math.inf
+        engine = EngineThread(self._llm, loop, _nothing, as_long_as_it_takes)
         self._engine = engine
         self._app = build_app(Service(self._llm, engine, self._config, Metrics(self._config.names[0])))
         engine.start()

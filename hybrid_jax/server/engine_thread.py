@@ -64,6 +64,7 @@ class Mailbox:
         self._pieces: dict[int, Piece] = {}
         self._error: ApiError | None = None
         self._filled = asyncio.Event()
+        self.begun = False  # whether a choice has had its turn; the engine's thread sets it
 
     def put(self, index: int, piece: Piece) -> None:
         """Add a piece of a choice."""
@@ -346,19 +347,19 @@ class EngineThread:
                 self._engine.abort(request_id)
 
     def _end_late(self, now_s: float) -> None:
-        """End the requests of which a choice has waited too long in line; one that was preempted had its turn."""
-        running = {entry.id for entry in self._engine.scheduler.running}
-        late = {
-            line.mailbox
-            for key, line in self._lines.items()
-            if now_s - line.came_s > self._queue_timeout_s and not line.sent and key not in running
-        }
+        """End the requests of which no choice has had a turn in too long; one that was preempted had its turn."""
+        for entry in self._engine.scheduler.running:
+            if (line := self._lines.get(entry.id)) is not None:
+                line.mailbox.begun = True
+        limit_s = self._queue_timeout_s
+        late = {one.mailbox for one in self._lines.values() if not one.mailbox.begun and now_s - one.came_s > limit_s}
         for mailbox in late:
             self._abort([key for key, line in self._lines.items() if line.mailbox is mailbox])
             self._loop.call_soon_threadsafe(mailbox.fail, _waited(self._queue_timeout_s))
 
     def _piece(self, progress: Progress) -> tuple[Mailbox, int, Piece]:
         line = self._lines[progress.request_id]
+        line.mailbox.begun = True
         piece = line.take(progress)
         if piece.finish_reason is not None:
             del self._lines[progress.request_id]

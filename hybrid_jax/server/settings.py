@@ -50,6 +50,8 @@ class ServerConfig:
         for name in ("shutdown_timeout_s", "stall_timeout_s", "watchdog_timeout_s", "queue_timeout_s"):
             if not 0 <= getattr(self, name) < 1e9:
                 raise ValueError(f"wanted {name} of at least 0, got {getattr(self, name)}: set seconds")
+        if self.queue_timeout_s == 0:
+            raise ValueError("wanted queue_timeout_s above 0, got 0: no request could get a turn")
 
     @property
     def on_loopback(self) -> bool:

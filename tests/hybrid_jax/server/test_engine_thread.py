@@ -17,6 +17,7 @@ from hybrid_jax.server.engine_thread import EngineThread, Mailbox, Piece
 from hybrid_jax.server.errors import ApiError
 from hybrid_jax.server.process import Process
 from hybrid_jax.server.settings import ServerConfig, read_keys
+from hybrid_jax.step import Progress
 
 
 class BrokenDevice:
@@ -139,6 +140,26 @@ def test_who_waits_too_long_for_a_turn_ends_with_503_whole():
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("how", ["running", "sent"])
+def test_a_request_of_which_a_choice_had_its_turn_is_not_late(how):
+    async def story():
+        llm, mailbox, answers = make_llm(), Mailbox(), make_answers(2)
+        thread = by_hand(llm, queue_timeout_s=50.0)
+        await admitted(thread, answers, mailbox)
+        late_s = thread._lines["r0"].came_s + 51.0
+        if how == "sent":
+            thread._piece(Progress("r0", (5,), None))
+        else:
+            thread._engine = types.SimpleNamespace(scheduler=types.SimpleNamespace(running=[answers[0].request]))
+            thread._end_late(0.0)
+            thread._engine = llm.engine  # preempted before its first token: in line again
+        thread._end_late(late_s)
+        await asyncio.sleep(0)
+        assert set(thread._lines) == {"r0", "r1"} and mailbox._error is None
+
+    asyncio.run(story())
+
+
 def test_an_order_that_is_not_taken_in_time_ends_with_503():
     async def story():
         thread = by_hand(make_llm(), queue_timeout_s=0.05)
@@ -219,7 +240,9 @@ def test_pieces_for_a_slow_reader_become_one_each():
     asyncio.run(story())
 
 
-@pytest.mark.parametrize("changed", [{"port": 65536}, {"api_keys": (" a",)}, {"stall_timeout_s": -1.0}])
+@pytest.mark.parametrize(
+    "changed", [{"port": 65536}, {"api_keys": (" a",)}, {"stall_timeout_s": -1.0}, {"queue_timeout_s": 0}]
+)
 def test_settings_out_of_range_are_refused(changed):
     with pytest.raises(ValueError, match="wanted"):
         ServerConfig(**({"names": ("m",)} | changed))
